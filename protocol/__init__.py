@@ -1,0 +1,1 @@
+"""What crosses a wire: tenant messages, topics, the scheduler-worker contract, and the client."""

@@ -1,0 +1,57 @@
+"""Every way a request can be refused or fail, as a tenant sees it."""
+
+from typing import Literal
+
+import msgspec
+
+ErrorCode = Literal[
+    "invalid_request",
+    "payload_too_large",
+    "invalid_topic",
+    "model_not_found",
+    "context_length_exceeded",
+    "not_found",
+    "unavailable",
+    "internal",
+]
+
+
+class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The OpenAI error object: ``code`` is ours and stable, ``param`` names the field at fault."""
+
+    message: str
+    code: ErrorCode
+    type: Literal["invalid_request_error", "server_error"] = "invalid_request_error"
+    param: str | None = None
+
+
+class RequestError(Exception):
+    """A request was refused or failed; what the client library raises and the service publishes."""
+
+    def __init__(self, body: ErrorBody) -> None:
+        super().__init__(body.message)
+        self.body = body
+
+    @property
+    def code(self) -> ErrorCode:
+        return self.body.code
+
+
+class BadRequest(RequestError):
+    """The sender's own mistake, with the field it is in."""
+
+    def __init__(self, param: str, detail: str, code: ErrorCode = "invalid_request") -> None:
+        super().__init__(ErrorBody(message=f"{param}: {detail}", code=code, param=param))
+
+    @classmethod
+    def from_validation(cls, error: msgspec.ValidationError) -> "BadRequest":
+        """Turn msgspec's ``Expected `int` >= 1 - at `$.max_tokens` `` into a field and a detail."""
+        detail, _, path = str(error).partition(" - at `$")
+        return cls(path.rstrip("`").lstrip(".") or "body", detail)
+
+
+class ServiceError(RequestError):
+    """The service's own failure: the request may be sent again."""
+
+    def __init__(self, code: Literal["unavailable", "internal"], detail: str) -> None:
+        super().__init__(ErrorBody(message=detail, code=code, type="server_error"))

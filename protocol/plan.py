@@ -1,0 +1,106 @@
+"""The contract between scheduler and worker: plain ints over a pipe, no tensors.
+
+Frames are a 4-byte big-endian length and a msgpack body. The scheduler writes `StepPlan`s; the worker answers one
+`WorkerInfo` when it is ready, then one `StepResult` or `StepFailure` per plan, in order. A worker that can't start sends
+one `StartFailure` and exits.
+
+The worker keeps one *slot* per running sequence: its block table, its sampling parameters and the last token sampled for
+it. A plan sends only what changed.
+"""
+
+import struct
+
+import msgspec
+
+_LENGTH = struct.Struct(">I")
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How one sequence's tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+class Admission(msgspec.Struct, frozen=True, array_like=True):
+    """A slot is given to a sequence: whatever it held before is forgotten."""
+
+    slot: int
+    sampling: Sampling
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence's part of a step: positions ``start .. start + length - 1`` are computed.
+
+    ``tokens`` holds their ids, or is empty when the only token is the one the worker sampled last for this slot.
+    ``new_blocks`` are appended to the slot's block table before the step. With ``sample`` the logits of the last position
+    draw a token, for position ``start + length``.
+    """
+
+    slot: int
+    start: int
+    length: int
+    tokens: list[int]
+    new_blocks: list[int]
+    sample: bool
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    step: int
+    admissions: list[Admission]
+    rows: list[Row]
+
+
+class StepResult(msgspec.Struct, frozen=True, tag=True):
+    """``tokens``: one id per row with ``sample``, in row order. ``seconds``: the worker's own time for the step."""
+
+    step: int
+    tokens: list[int]
+    seconds: float
+
+
+class StepFailure(msgspec.Struct, frozen=True, tag=True):
+    step: int
+    error: str
+
+
+class StartFailure(msgspec.Struct, frozen=True, tag=True):
+    error: str
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
+    """What a ready worker serves. ``model_path`` holds tokenizer files; sizes are in tokens unless named otherwise."""
+
+    model_path: str
+    max_model_len: int
+    vocab_size: int
+    eos_ids: list[int]
+    num_blocks: int
+    block_size: int
+    kv_bytes_per_block: int
+    device: str
+    dtype: str
+    attention: str
+
+
+Reply = WorkerInfo | StepResult | StepFailure | StartFailure
+
+encode = msgspec.msgpack.Encoder().encode
+decode_plan = msgspec.msgpack.Decoder(StepPlan).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode
+
+#: Bytes before each frame's body.
+HEADER_BYTES = _LENGTH.size
+
+
+def frame(message: StepPlan | Reply) -> bytes:
+    body = encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def body_length(header: bytes) -> int:
+    (length,) = _LENGTH.unpack(header)
+    return int(length)

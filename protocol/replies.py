@@ -1,0 +1,94 @@
+"""What the service answers on the response topic: `accepted`, numbered chunks, then exactly one terminal message.
+
+Every body is JSON with a ``type``; chunks and results carry the OpenAI object in ``data``.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from protocol.errors import ErrorBody
+from protocol.openai import ChatCompletion, ChatCompletionChunk, FinishReason, TextCompletion, Usage
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Seconds: waiting before the first step, to the first token (TTFT), and from acceptance to the end."""
+
+    queued_s: float
+    ttft_s: float | None
+    total_s: float
+
+
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    """The request is in; from here on it ends in exactly one terminal message."""
+
+    request_id: str
+
+
+class Chunk(msgspec.Struct, frozen=True, tag="chunk"):
+    """A piece of text. ``seq`` counts 0, 1, 2, …: a gap means that one was lost and the result makes it whole."""
+
+    request_id: str
+    seq: int
+    data: ChatCompletionChunk | TextCompletion
+
+    @property
+    def text(self) -> str:
+        return self.data.choices[0].text
+
+
+class Result(msgspec.Struct, frozen=True, tag="result"):
+    """Terminal: the whole text, usage and timings. ``chunks`` is how many chunks were published before it."""
+
+    request_id: str
+    data: ChatCompletion | TextCompletion
+    timings: Timings
+    chunks: int
+    attempt: int = 1
+
+    @property
+    def text(self) -> str:
+        return self.data.choices[0].text
+
+    @property
+    def usage(self) -> Usage:
+        assert self.data.usage is not None
+        return self.data.usage
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        reason = self.data.choices[0].finish_reason
+        assert reason is not None
+        return reason
+
+
+class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
+    """Terminal: the tenant cancelled; ``completion_tokens`` were generated until then."""
+
+    request_id: str
+    completion_tokens: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag="error"):
+    """Terminal: the request was refused or failed."""
+
+    request_id: str | None
+    error: ErrorBody
+
+
+Reply = Accepted | Chunk | Result | Cancelled | Failed
+TERMINAL = (Result, Cancelled, Failed)
+
+
+class Status(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Retained on the status topic of a replica; its will says ``offline``."""
+
+    status: Literal["online", "offline"]
+    model: str | None = None
+    max_model_len: int | None = None
+    max_running: int | None = None
+
+
+encode = msgspec.json.encode
+decode_reply = msgspec.json.Decoder(Reply).decode
+decode_status = msgspec.json.Decoder(Status).decode

@@ -1,0 +1,106 @@
+"""What a tenant sends: the OpenAI chat-completions or completions body, and a few fields more.
+
+Fields follow the OpenAI API reference (`/v1/chat/completions`, `/v1/completions`) in name, type and range. Ours are
+``top_k``, ``min_p``, ``stop_token_ids`` and ``ignore_eos``, named as vLLM names them. A field of the OpenAI API that we don't act
+on is accepted only at the value that asks for nothing, so that no request is served other than as it was written.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from protocol.errors import BadRequest
+
+#: 2**63 - 1: seeds are signed 64-bit in the OpenAI API.
+MAX_SEED = (1 << 63) - 1
+
+StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+
+
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One part of a message's content."""
+
+    text: str
+    type: Literal["text"] = "text"
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One message of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=256)]
+    name: Annotated[str, Meta(max_length=64)] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Accepted as sent by OpenAI clients; usage always comes with the result."""
+
+    include_usage: bool = False
+
+
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """One generation. Exactly one of ``messages`` and ``prompt`` is given; ``max_tokens`` absent means up to the context."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)] | None = None
+    prompt: str | list[TokenId] | None = None
+    model: str | None = None
+    max_tokens: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=128)] | None = None
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=1)] = 1
+    user: Annotated[str, Meta(max_length=256)] | None = None
+    metadata: dict[str, str] | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        return self.messages is not None
+
+    @property
+    def output_limit(self) -> int | None:
+        """The most tokens the sender wants, under either of the OpenAI API's two names."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+_decoder = msgspec.json.Decoder(Request)
+
+
+def decode_request(payload: bytes) -> Request:
+    """Decode and check a request body. Raises BadRequest naming the field, and the limit where there is one."""
+    try:
+        request = _decoder.decode(payload)
+    except msgspec.ValidationError as error:
+        raise BadRequest.from_validation(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest("body", f"must be UTF-8 JSON: {error}") from None
+    if (request.messages is None) == (request.prompt is None):
+        raise BadRequest("messages", "exactly one of messages and prompt must be given")
+    if request.prompt is not None and not request.prompt:
+        raise BadRequest("prompt", "must not be empty")
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise BadRequest("max_completion_tokens", "give either max_tokens or max_completion_tokens")
+    return request
+
+
+def encode_request(request: Request) -> bytes:
+    return msgspec.json.encode(request)
