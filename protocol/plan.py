@@ -1,8 +1,8 @@
 """The contract between scheduler and worker: plain ints over a pipe, no tensors.
 
-Frames are a 4-byte big-endian length and a msgpack body. The scheduler writes `StepPlan`s; the worker answers one
-`WorkerInfo` when it is ready, then one `StepResult` or `StepFailure` per plan, in order. A worker that can't start sends
-one `StartFailure` and exits.
+Frames are a 4-byte big-endian length and a msgpack body. The scheduler writes one `WorkerConfig`, then `StepPlan`s; the
+worker answers one `WorkerInfo` when it is ready, then one `StepResult` or `StepFailure` per plan, in order. A worker that
+can't start sends one `StartFailure` and exits.
 
 The worker keeps one *slot* per running sequence: its block table, its sampling parameters and the last token sampled for
 it. A plan sends only what changed.
@@ -13,6 +13,22 @@ import struct
 import msgspec
 
 _LENGTH = struct.Struct(">I")
+
+
+class WorkerConfig(msgspec.Struct, frozen=True):
+    """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold."""
+
+    model: str
+    dtype: str
+    device: str
+    attention: str
+    threads: int | None
+    block_size: int
+    num_blocks: int | None
+    kv_memory_mb: int
+    max_running: int
+    max_batch_tokens: int
+    max_model_len: int | None
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -89,6 +105,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
 Reply = WorkerInfo | StepResult | StepFailure | StartFailure
 
 encode = msgspec.msgpack.Encoder().encode
+decode_config = msgspec.msgpack.Decoder(WorkerConfig).decode
 decode_plan = msgspec.msgpack.Decoder(StepPlan).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
@@ -96,7 +113,7 @@ decode_reply = msgspec.msgpack.Decoder(Reply).decode
 HEADER_BYTES = _LENGTH.size
 
 
-def frame(message: StepPlan | Reply) -> bytes:
+def frame(message: WorkerConfig | StepPlan | Reply) -> bytes:
     body = encode(message)
     return _LENGTH.pack(len(body)) + body
 

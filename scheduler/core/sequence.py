@@ -1,0 +1,99 @@
+"""One generation: its tokens, where their KV lies, how far it is computed, and why it ended."""
+
+from enum import Enum
+from typing import Literal
+
+from protocol.plan import Sampling
+
+FinishReason = Literal["stop", "length"]
+
+
+class State(Enum):
+    """Where a sequence stands: ``waiting`` holds no blocks and no slot, ``running`` holds both, ``ended`` neither."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+class Sequence:
+    """``tokens`` is the prompt, then every generated token seen so far.
+
+    ``computed`` counts the leading positions whose KV is computed or planned; ``unseen`` the tokens a planned step will
+    sample (0 or 1 with one step in flight at a time, up to one more per step planned ahead).
+    """
+
+    __slots__ = (
+        "blocks",
+        "computed",
+        "id",
+        "max_tokens",
+        "prompt_len",
+        "sampling",
+        "sent_blocks",
+        "slot",
+        "slot_has_last_token",
+        "state",
+        "stop_ids",
+        "tokens",
+        "unseen",
+    )
+
+    def __init__(
+        self,
+        id: str,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        stop_ids: frozenset[int] = frozenset(),
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen, so one shared default is safe
+    ) -> None:
+        if not prompt or max_tokens < 1:
+            raise ValueError("a sequence needs at least one prompt token and one token to generate")
+        self.id = id
+        self.tokens = list(prompt)
+        self.prompt_len = len(prompt)
+        self.max_tokens = max_tokens
+        self.stop_ids = stop_ids
+        self.sampling = sampling
+        self.state = State.WAITING
+        self.slot = -1
+        self.blocks: list[int] = []
+        self.unseen = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was computed; the tokens stay, to be computed again."""
+        self.computed = 0
+        self.sent_blocks = 0
+        self.slot_has_last_token = False
+
+    @property
+    def output(self) -> list[int]:
+        """The generated tokens seen so far."""
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def planned_len(self) -> int:
+        """Length once every planned step has been applied."""
+        return len(self.tokens) + self.unseen
+
+    @property
+    def uncomputed(self) -> int:
+        """Positions that the next step could compute: 1 for a decode, more for a prefill."""
+        return self.planned_len - self.computed
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Every token it may generate is planned already."""
+        return self.planned_len - self.prompt_len >= self.max_tokens
+
+    def accept(self, token: int) -> FinishReason | None:
+        """Append a sampled token; says why the sequence ends with it, if it does."""
+        self.tokens.append(token)
+        self.unseen -= 1
+        if token in self.stop_ids:
+            return "stop"
+        if len(self.tokens) - self.prompt_len >= self.max_tokens:
+            return "length"
+        return None

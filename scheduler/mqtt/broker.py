@@ -1,0 +1,241 @@
+"""The embedded broker: a Mosquitto child on loopback, for when there is none to connect to."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from protocol.transport import BrokerAddress, BrokerUnreachable, ConnectionRefused, Transport
+
+logger = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+MAX_PACKET_BYTES = 16 * 1024 * 1024
+
+#: Where distributions and Homebrew put Mosquitto outside of the usual PATH.
+_MORE_PATHS = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
+_INSTALL_HINT = (
+    "install it (apt install mosquitto, dnf install mosquitto, brew install mosquitto) or name a broker's URL"
+)
+
+_START_S = 10.0
+_STOP_S = 5.0
+_FETCH_S = 120.0
+_LAST_LINES = 5
+
+
+class BrokerNotFound(Exception):
+    """There is no Mosquitto on this machine and none could be fetched; the text says what to do."""
+
+
+class BrokerFailed(Exception):
+    """Mosquitto didn't come up, or died while coming up; the text ends with its own last words."""
+
+
+class EmbeddedBroker:
+    """A Mosquitto of our own; use as ``async with EmbeddedBroker(...) as broker``, then connect to ``broker.url``.
+
+    Anyone on this machine may connect, unless ``settings`` (more lines for mosquitto.conf) say otherwise. It keeps its
+    database and log in ``data_dir`` and dies with this process. ``port`` 0 takes a free one, kept across restarts.
+    Raises BrokerNotFound or BrokerFailed.
+    """
+
+    def __init__(self, *, data_dir: Path, port: int = 0, settings: Sequence[str] = ()) -> None:
+        self.host = HOST
+        self.port = port or _free_port()
+        self._data_dir = data_dir.absolute()
+        self._settings = tuple(settings)
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://{self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """None while it isn't running."""
+        return self._process.pid if self._process is not None else None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Start it and wait until it answers a CONNECT."""
+        program, environment = await find_mosquitto(_cache_dir())
+        self._data_dir.mkdir(parents=True, exist_ok=True)
+        config = self._data_dir / "mosquitto.conf"
+        config.write_text("\n".join([*self._config(), *self._settings, ""]))
+        with self._log.open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *_tied_to_us(),
+                program,
+                "-c",
+                config,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+        try:
+            await self._wait_ready(self._process)
+        except BaseException:
+            await self.stop()
+            raise
+        logger.info("embedded broker at %s, data in %s", self.url, self._data_dir)
+
+    async def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End it: with SIGTERM it saves its sessions and messages first, with SIGKILL it can't."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        _signal(process, how)
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await process.wait()
+        except TimeoutError:
+            _signal(process, signal.SIGKILL)
+            await process.wait()
+
+    async def restart(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Stop and start again on the same port, with the same data."""
+        await self.stop(how)
+        await self.start()
+
+    @property
+    def _log(self) -> Path:
+        return self._data_dir / "mosquitto.log"
+
+    def _config(self) -> list[str]:
+        """No limit on queued messages: Mosquitto drops what is over its own, 1,000 per client, unseen by the publisher."""
+        lines = [
+            f"listener {self.port} {self.host}",
+            "allow_anonymous true",
+            "set_tcp_nodelay true",
+            "max_queued_messages 0",
+            "max_inflight_messages 1000",
+            f"message_size_limit {MAX_PACKET_BYTES}",
+            f"max_packet_size {MAX_PACKET_BYTES}",
+            "persistence true",
+            f"persistence_location {self._data_dir}/",
+            "autosave_interval 5",
+            "connection_messages false",
+            "log_dest stderr",
+        ]
+        if os.geteuid() == 0:
+            lines.append("user root")  # else it becomes user mosquitto, who can't write our directory
+        return lines
+
+    async def _wait_ready(self, process: asyncio.subprocess.Process) -> None:
+        ready = asyncio.create_task(self._answers(), name="embedded broker ready")
+        died = asyncio.create_task(process.wait(), name="embedded broker died")
+        try:
+            await asyncio.wait({ready, died}, return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                raise BrokerFailed(f"Mosquitto ended with status {died.result()}: {self._last_words()}")
+            if not ready.result():
+                raise BrokerFailed(
+                    f"Mosquitto didn't answer on port {self.port} within {_START_S:g} s: {self._last_words()}"
+                )
+        finally:
+            ready.cancel()
+            died.cancel()
+            await asyncio.wait({ready, died})
+
+    async def _answers(self) -> bool:
+        """Whether a CONNECT is answered in time; a refusal for lack of credentials is an answer too."""
+        try:
+            async with Transport(BrokerAddress(self.host, self.port), connect_timeout_s=_START_S):
+                return True
+        except ConnectionRefused:
+            return True
+        except BrokerUnreachable:
+            return False
+
+    def _last_words(self) -> str:
+        return " | ".join(self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]) or "(it said nothing)"
+
+
+async def find_mosquitto(cache_dir: Path) -> tuple[str, dict[str, str]]:
+    """The program, installed or fetched into the cache, and the environment to run it in. Raises BrokerNotFound."""
+    environment = dict(os.environ)
+    installed = shutil.which("mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), *_MORE_PATHS]))
+    if installed is not None:
+        return installed, environment
+    fetched = cache_dir / "root/usr/sbin/mosquitto"
+    if not os.access(fetched, os.X_OK):
+        await _fetch(cache_dir)
+    libraries = [str(path) for path in cache_dir.glob("root/usr/lib/*-linux-gnu*")]
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+    return str(fetched), environment
+
+
+async def _fetch(cache_dir: Path) -> None:
+    """Unpack Debian's packages for Mosquitto and what it needs into the cache: without root, nothing is installed."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+        raise BrokerNotFound(f"Mosquitto wasn't found: {_INSTALL_HINT}")
+    logger.info("Mosquitto wasn't found; fetching its Debian packages into %s", cache_dir)
+    packages = cache_dir / "packages"
+    packages.mkdir(parents=True, exist_ok=True)
+    # Each line is: 'URI' file_name size checksum; a file's name begins with the package's. Libraries that are installed
+    # already aren't listed, and the names, which differ between releases, needn't be known here.
+    listed = await _run(packages, "apt-get", "install", "--print-uris", "-qq", "--no-install-recommends", "mosquitto")
+    names = [line.split()[1].split("_")[0] for line in listed.splitlines() if line.startswith("'")]
+    await _run(packages, "apt-get", "download", *names)
+    unpacked = cache_dir / "unpacking"
+    for package in sorted(packages.glob("*.deb")):
+        await _run(packages, "dpkg", "-x", str(package), str(unpacked))
+    unpacked.rename(cache_dir / "root")
+
+
+async def _run(folder: Path, *command: str) -> str:
+    """Run a packaging tool; returns its output. Raises BrokerNotFound when it fails."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=folder,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(_FETCH_S):
+            output, errors = await process.communicate()
+    except TimeoutError:
+        _signal(process, signal.SIGKILL)
+        await process.wait()
+        raise BrokerNotFound(f"{command[0]} took over {_FETCH_S:g} s to fetch Mosquitto: {_INSTALL_HINT}") from None
+    if process.returncode != 0:
+        said = errors.decode(errors="replace").strip()
+        raise BrokerNotFound(f"Mosquitto wasn't found, and {command[0]} couldn't fetch it ({said}): {_INSTALL_HINT}")
+    return output.decode()
+
+
+def _signal(process: asyncio.subprocess.Process, how: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(how)
+
+
+def _tied_to_us() -> list[str]:
+    """Has the kernel end the child when we die, even by SIGKILL. Where there is no setpriv (not Linux) it may live on."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM"] if setpriv is not None else []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "tokenbus" / "mosquitto"

@@ -1,0 +1,177 @@
+"""CPU: our own float32 kernel, `paged_attention.cpp`, called once per layer through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.attention.base import AttentionBackend, Attributes, LayerShape, RaggedBatch
+from workers.attention.compiler import CompileError, load_library
+
+SOURCE = Path(__file__).with_name("paged_attention.cpp")
+# The kernel's vectors are 16 floats at most, and 8 where 16 does not divide a shape.
+LANES = 16
+MULTIPLE = 8
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64) for name in ("query_heads", "kv_heads", "key_dim", "value_dim", "block_size")),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("query_start", "context_len", "block_table", "cache_slots")),
+        *((name, c_int64) for name in ("rows", "tokens", "max_blocks")),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "key", "value", "output")),
+        *((f"{name}_{axis}", c_int64) for name in ("query", "key", "value") for axis in ("token", "head")),
+        ("sinks", c_void_p),
+        ("sliding_window", c_int64),
+        ("scaling", c_float),
+        ("softcap", c_float),
+        ("threads", c_int64),
+    )
+
+
+class CpuAttention(AttentionBackend):
+    """Keys lie as [num_blocks, kv_heads, key_dim, block_size], values as [num_blocks, kv_heads, block_size, value_dim].
+
+    A query's output is the same bits whatever else is in the batch and however its prompt was cut into chunks.
+    Raises CompileError when the kernel cannot be compiled.
+    """
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(layers, num_blocks, block_size, dtype, device)
+        # A bound function is all ctypes has to look up per call; the library lives as long as the process.
+        self._kernel = _library(layers, block_size).paged_attention
+        self._kernel.argtypes = (c_void_p, c_void_p, c_void_p)
+        self._kernel.restype = None
+        self.keys = [torch.empty(num_blocks, s.kv_heads, s.key_dim, block_size) for s in layers]
+        self.values = [torch.empty(num_blocks, s.kv_heads, block_size, s.value_dim) for s in layers]
+        self._layers = [
+            _Layer(key.data_ptr(), value.data_ptr(), s.query_heads, s.kv_heads, s.key_dim, s.value_dim, block_size)
+            for s, key, value in zip(layers, self.keys, self.values, strict=True)
+        ]
+        self._batch: RaggedBatch | None = None
+        self._batch_tensors: tuple[Tensor, ...] = ()
+        self._batch_pointers = _Batch()
+
+    @classmethod
+    def unsupported(
+        cls,
+        layers: Sequence[LayerShape],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        attributes: Sequence[Attributes] = (),
+    ) -> str | None:
+        del attributes  # it has them all
+        if device.type != "cpu":
+            return f"the C++ kernel runs on the CPU, not on {device}"
+        if dtype != torch.float32:
+            return f"the C++ kernel computes in float32, not {dtype}"
+        if any(size % MULTIPLE for size in _sizes(layers, block_size)):
+            return f"the C++ kernel wants block size and head dims in multiples of {MULTIPLE}"
+        try:
+            _library(layers, block_size)
+        except CompileError as error:
+            return f"the C++ kernel could not be compiled: {error}"
+        return None
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: RaggedBatch, attributes: Attributes
+    ) -> Tensor:
+        """As the interface says. Raises ValueError for tensors or a batch that do not fit the cache."""
+        if batch is not self._batch:
+            self._use(batch)
+        shape, tokens = self.layers[layer], self._batch_pointers.tokens
+        output = torch.empty(tokens, shape.query_heads, shape.value_dim)
+        query_strides = _strides(query, (tokens, shape.query_heads, shape.key_dim))
+        key_strides = _strides(key, (tokens, shape.kv_heads, shape.key_dim))
+        value_strides = _strides(value, (tokens, shape.kv_heads, shape.value_dim))
+        sinks = None if attributes.sinks is None else attributes.sinks.to(torch.float32).contiguous()
+        call = _Call(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            output.data_ptr(),
+            *query_strides,
+            *key_strides,
+            *value_strides,
+            None if sinks is None else sinks.data_ptr(),
+            attributes.sliding_window or 0,
+            attributes.scaling,
+            attributes.softcap or 0.0,
+            torch.get_num_threads(),
+        )
+        self._kernel(
+            ctypes.addressof(self._layers[layer]), ctypes.addressof(self._batch_pointers), ctypes.addressof(call)
+        )
+        return output
+
+    def _use(self, batch: RaggedBatch) -> None:
+        """Point the kernel at a new step's batch. Raises ValueError where it would read or write outside the cache."""
+        query_start, context_len, block_table = (
+            tensor.to("cpu", torch.int32).contiguous()
+            for tensor in (batch.query_start, batch.context_len, batch.block_table)
+        )
+        cache_slots = batch.cache_slots.to("cpu", torch.int64).contiguous()
+        rows, max_blocks = block_table.shape
+        tokens = len(cache_slots)
+        lengths = query_start.diff()
+        if (
+            (len(query_start), len(context_len)) != (rows + 1, rows)
+            or (int(query_start[0]), int(query_start[-1])) != (0, tokens)
+            or bool((lengths < 0).any() | (lengths > context_len).any() | (context_len > max_blocks * self.block_size).any())
+            or not _within(block_table, self.num_blocks)
+            or not _within(cache_slots, self.num_blocks * self.block_size)
+        ):
+            raise ValueError("the batch does not fit the KV cache")
+        # The batch is held so that its identity stays its own, the tensors so that the pointers stay good.
+        self._batch, self._batch_tensors = batch, (query_start, context_len, block_table, cache_slots)
+        self._batch_pointers = _Batch(*(tensor.data_ptr() for tensor in self._batch_tensors), rows, tokens, max_blocks)
+
+
+def _sizes(layers: Sequence[LayerShape], block_size: int) -> set[int]:
+    return {block_size, *(dim for shape in layers for dim in (shape.key_dim, shape.value_dim))}
+
+
+def _library(layers: Sequence[LayerShape], block_size: int) -> ctypes.CDLL:
+    narrow = any(size % LANES for size in _sizes(layers, block_size))
+    return load_library(SOURCE, [f"LANES={MULTIPLE if narrow else LANES}"])
+
+
+def _strides(tensor: Tensor, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """The token and head strides of a float32 tensor of `shape` with a dense last dimension; else ValueError."""
+    token, head, element = tensor.stride()
+    if tensor.shape != shape or tensor.dtype != torch.float32 or (element != 1 and shape[2] > 1):
+        raise ValueError(f"expected float32 {shape} with a dense last dimension, got {tensor.dtype} {tensor.shape}")
+    return token, head
+
+
+def _within(indices: Tensor, end: int) -> bool:
+    if not indices.numel():
+        return True
+    low, high = indices.aminmax()
+    return 0 <= int(low) and int(high) < end

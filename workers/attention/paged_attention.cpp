@@ -1,0 +1,477 @@
+// Causal attention over a paged float32 KV cache: nothing is gathered, padded or expanded.
+//
+// Keys lie as [num_blocks, kv_heads, key_dim, block_size], so one vector holds one dimension of several keys and a dot
+// product needs no horizontal sum; values lie as [num_blocks, kv_heads, block_size, value_dim].
+//
+// A tile is a few query tokens of one row; with one KV head and all its query heads it is one piece of work. The
+// context is taken in chunks of about CHUNK keys that start at fixed positions. Each chunk yields its own softmax state
+// (maximum, sum, weighted values) and the states are folded in order (the online softmax). Because neither the chunks
+// nor the order depend on the tile, the batch or the thread, a query's result is the same bits whoever shares the
+// batch, however its prompt was cut, and whether or not the chunks were spread over threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include <omp.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+extern "C" {
+
+struct Layer {
+    float *keys, *values;
+    int64_t query_heads, kv_heads, key_dim, value_dim, block_size;
+};
+
+struct Batch {
+    const int32_t *query_start, *context_len, *block_table;
+    const int64_t *cache_slots;
+    int64_t rows, tokens, max_blocks;
+};
+
+// Strides are in floats; the last dimension of query, key and value is dense, the output is dense altogether.
+struct Call {
+    const float *query, *key, *value;
+    float *output;
+    int64_t query_token, query_head, key_token, key_head, value_token, value_head;
+    const float *sinks;      // [query_heads] or null
+    int64_t sliding_window;  // keys visible to a query, itself included; 0 is all
+    float scaling, softcap;  // softcap 0 is none
+    int64_t threads;
+};
+}
+
+namespace {
+
+constexpr int CHUNK = 64;            // keys per softmax state, rounded to whole blocks
+constexpr int MAX_CHUNK_BLOCKS = 8;  // CHUNK over the smallest block
+constexpr int TILE_ROWS = 48;        // (token, head) rows of a tile: its queries and outputs stay in L2
+constexpr int PANEL = 6;             // rows held in registers: 6 x 2 accumulators of the 16 that AVX2 has
+constexpr int VALUE_VECTORS_NARROW = 4;
+constexpr int CACHE_LINE = 64;
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float LOWEST = -1e30f;  // a finite stand-in for -inf: differences of two stay numbers
+
+#if defined(__AVX512F__)
+constexpr int NATIVE = 16;
+#elif defined(__AVX__)
+constexpr int NATIVE = 8;
+#else
+constexpr int NATIVE = 4;
+#endif
+// Built with -DLANES=8 for block sizes or head dims that 16 does not divide.
+#ifndef LANES
+#define LANES 16
+#endif
+constexpr int W = std::min(NATIVE, LANES);  // floats per vector
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Free {
+    void operator()(void *p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+Buffer allocate(int64_t floats) {
+    return Buffer(static_cast<float *>(std::aligned_alloc(CACHE_LINE, ceil_div(floats * 4, CACHE_LINE) * CACHE_LINE)));
+}
+
+// Tokens [first, first + count) of the batch, all of one row; the first sits at `position` in its sequence.
+struct Tile {
+    int64_t row, first, count, position;
+};
+
+// Chunks [chunk, chunk_end) of one tile's context for one KV head. `state` is where a split piece leaves its result.
+struct Piece {
+    Tile tile;
+    int64_t head, chunk, chunk_end;
+    float *state;
+};
+
+// The blocks of one chunk that a tile sees; `first` is the chunk-relative position of the first one.
+struct Span {
+    int64_t first = 0;
+    int count = 0;
+    const float *keys[MAX_CHUNK_BLOCKS], *values[MAX_CHUNK_BLOCKS];
+};
+
+void prefetch(const float *data, int64_t floats) {
+    for (int64_t i = 0; i < floats; i += CACHE_LINE / 4) __builtin_prefetch(data + i, 0, 2);
+}
+
+typedef float F __attribute__((vector_size(W * 4)));
+typedef int32_t I __attribute__((vector_size(W * 4)));
+typedef float Unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+
+F load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
+void store(float *p, F x) { *reinterpret_cast<Unaligned *>(p) = x; }
+F splat(float x) { return F{} + x; }
+F select(I mask, F yes, F no) { return (F)(((I)yes & mask) | ((I)no & ~mask)); }
+F max(F a, F b) { return select(a > b, a, b); }
+
+float reduce_max(F x) {
+    float best = x[0];
+    for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+float reduce_add(F x) {
+    float sum = x[0];
+    for (int i = 1; i < W; ++i) sum += x[i];
+    return sum;
+}
+
+// 2^x for x <= 0, exactly 1 at 0 and exactly 0 below 2^-126; relative error under 2e-7 (Cephes' polynomial).
+F exp2(F x) {
+    const F round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    F shifted = x + round;
+    F f = x - (shifted - round);
+    F p = splat(1.535336188319500e-4f);
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
+    return (F)(((I)p + ((I)shifted << 23)) & (x >= splat(-126.0f)));
+}
+
+float exp2(float x) { return exp2(splat(x))[0]; }
+
+// Eigen's rational approximation: a few units in the last place, where 1 - 2 / (e^2x + 1) would cancel.
+F tanh(F x) {
+    x = max(select(x < splat(7.90531110763549805f), x, splat(7.90531110763549805f)), splat(-7.90531110763549805f));
+    F y = x * x;
+    F p = splat(-2.76076847742355e-16f);
+    p = p * y + 2.00018790482477e-13f;
+    p = p * y + -8.60467152213735e-11f;
+    p = p * y + 5.12229709037114e-08f;
+    p = p * y + 1.48572235717979e-05f;
+    p = p * y + 6.37261928875436e-04f;
+    p = p * y + 4.89352455891786e-03f;
+    F q = splat(1.19825839466702e-06f);
+    q = q * y + 1.18534705686654e-04f;
+    q = q * y + 2.26843463243900e-03f;
+    q = q * y + 4.89352518554385e-03f;
+    return x * p / q;
+}
+
+struct Kernel {
+    const Layer &layer;
+    const Batch &batch;
+    const Call &call;
+    const int64_t group = layer.query_heads / layer.kv_heads;
+    const int64_t block_size = layer.block_size;
+    const int64_t chunk_size = block_size * std::max<int64_t>(1, CHUNK / block_size);
+    const int64_t window = call.sliding_window > 0 ? call.sliding_window : std::numeric_limits<int32_t>::max();
+    const int64_t tile_tokens = std::max<int64_t>(1, TILE_ROWS / group);
+    const int64_t state_stride = layer.value_dim + W;  // a row's values, then its maximum and sum
+    // Scores are kept in units of log 2.
+    const float query_scale = call.scaling * (call.softcap > 0 ? 1 / call.softcap : LOG2E);
+    const float cap = call.softcap * LOG2E;
+
+    int64_t first_visible(int64_t position) const { return std::max<int64_t>(0, position - window + 1); }
+
+    // ---- the cache ----
+
+    int64_t block_head(int64_t block, int64_t head) const { return (block * layer.kv_heads + head) * block_size; }
+
+    void write(int64_t token) const {
+        const int64_t block = batch.cache_slots[token] / block_size, offset = batch.cache_slots[token] % block_size;
+        for (int64_t h = 0; h < layer.kv_heads; ++h) {
+            const float *key = call.key + token * call.key_token + h * call.key_head;
+            float *keys = layer.keys + block_head(block, h) * layer.key_dim + offset;
+            for (int64_t d = 0; d < layer.key_dim; ++d) keys[d * block_size] = key[d];
+            std::memcpy(layer.values + (block_head(block, h) + offset) * layer.value_dim,
+                        call.value + token * call.value_token + h * call.value_head, layer.value_dim * sizeof(float));
+        }
+    }
+
+    Span span(const Piece &piece, int64_t chunk) const {
+        const Tile &tile = piece.tile;
+        const int64_t first = std::max(chunk * chunk_size, first_visible(tile.position)) / block_size;
+        const int64_t end = std::min((chunk + 1) * chunk_size, tile.position + tile.count);
+        Span s;
+        s.first = first * block_size - chunk * chunk_size;
+        for (int64_t logical = first; logical * block_size < end; ++logical, ++s.count) {
+            const int64_t at = block_head(batch.block_table[tile.row * batch.max_blocks + logical], piece.head);
+            s.keys[s.count] = layer.keys + at * layer.key_dim;
+            s.values[s.count] = layer.values + at * layer.value_dim;
+        }
+        return s;
+    }
+
+    // ---- one panel of rows against one chunk ----
+
+    template <int R, int N>
+    void dot(const float *queries, const float *keys, float *scores) const {
+        F sum[R][N] = {};
+        for (int64_t d = 0; d < layer.key_dim; ++d) {
+            F k[N];
+            for (int n = 0; n < N; ++n) k[n] = load(keys + d * block_size + n * W);
+            for (int r = 0; r < R; ++r)
+                for (int n = 0; n < N; ++n) sum[r][n] += k[n] * queries[d * R + r];
+        }
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < N; ++n) store(scores + r * chunk_size + n * W, sum[r][n]);
+    }
+
+    // Turns scores [first, end) into weights in place; keys outside [visible, visible_end) get 0.
+    void softmax(float *scores, int64_t first, int64_t end, int64_t visible, int64_t visible_end, float &maximum,
+                 float &sum) const {
+        I lane;
+        for (int i = 0; i < W; ++i) lane[i] = i;
+        const bool masked = first < visible || visible_end < end;
+        F best = splat(LOWEST);
+        for (int64_t c = first; c < end; c += W) {
+            F s = load(scores + c);
+            if (cap > 0) s = tanh(s) * cap;
+            if (masked) {
+                const I at = lane + (int32_t)c;
+                s = select((at >= (int32_t)visible) & (at < (int32_t)visible_end), s,
+                           splat(-std::numeric_limits<float>::infinity()));
+            }
+            best = max(best, s);
+            store(scores + c, s);
+        }
+        maximum = reduce_max(best);
+        F total{};
+        for (int64_t c = first; c < end; c += W) {
+            const F p = exp2(load(scores + c) - maximum);
+            total += p;
+            store(scores + c, p);
+        }
+        sum = reduce_add(total);
+    }
+
+    static F folded(F state, float keep, F chunk, float take) { return state * keep + chunk * take; }
+
+    template <int R, int N>
+    void weigh(const Span &s, int64_t visible, int64_t visible_end, const float *weights, int64_t column, float *states,
+               const float *keep, const float *take) const {
+        F sum[R][N] = {};
+        for (int b = 0; b < s.count; ++b) {
+            const int64_t start = s.first + b * block_size;
+            const int64_t end = std::min(visible_end, start + block_size);
+            for (int64_t c = std::max(visible, start); c < end; ++c) {
+                F v[N];
+                for (int n = 0; n < N; ++n)
+                    v[n] = load(s.values[b] + (c - start) * layer.value_dim + column + n * W);
+                for (int r = 0; r < R; ++r)
+                    for (int n = 0; n < N; ++n) sum[r][n] += v[n] * weights[r * chunk_size + c];
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < N; ++n) {
+                float *state = states + r * state_stride + column + n * W;
+                store(state, folded(load(state), keep[r], sum[r][n], take[r]));
+            }
+    }
+
+    // Folds chunk `chunk` into the states of rows [row, row + R) of the tile. `next` is prefetched along the way.
+    template <int R>
+    void panel(const Tile &tile, int64_t row, int64_t chunk, const Span &s, const Span *next, const float *queries,
+               float *scores, float *states) const {
+        const int64_t base = chunk * chunk_size;
+        const int64_t first_position = tile.position + row / group;
+        const int64_t last_position = tile.position + (row + R - 1) / group;
+        // The rows of a panel see keys [visible, visible_end) between them, chunk-relative.
+        const int64_t visible = std::max(s.first, first_visible(first_position) - base);
+        const int64_t visible_end = std::min(s.first + s.count * block_size, last_position + 1 - base);
+        if (visible >= visible_end) return;
+
+        int64_t end = s.first;
+        for (int b = 0; b < s.count; ++b, end += block_size) {
+            if (next && b < next->count) prefetch(next->keys[b], block_size * layer.key_dim);
+            if (end >= visible_end) continue;
+            int64_t c = 0;
+            for (; c + 2 * W <= block_size; c += 2 * W) dot<R, 2>(queries, s.keys[b] + c, scores + end + c);
+            for (; c < block_size; c += W) dot<R, 1>(queries, s.keys[b] + c, scores + end + c);
+        }
+        if (next)
+            for (int b = s.count; b < next->count; ++b) prefetch(next->keys[b], block_size * layer.key_dim);
+        end = s.first + ceil_div(visible_end - s.first, block_size) * block_size;
+
+        float keep[R], take[R];
+        for (int r = 0; r < R; ++r) {
+            const int64_t position = tile.position + (row + r) / group;
+            float maximum, sum;
+            softmax(scores + r * chunk_size, s.first, end, first_visible(position) - base, position + 1 - base, maximum,
+                    sum);
+            fold(states + r * state_stride + layer.value_dim, maximum, sum, keep[r], take[r]);
+        }
+
+        if (next)
+            for (int b = 0; b < next->count; ++b) prefetch(next->values[b], block_size * layer.value_dim);
+        constexpr int N = R <= 3 ? VALUE_VECTORS_NARROW : 2;
+        int64_t column = 0;
+        for (; column + N * W <= layer.value_dim; column += N * W)
+            weigh<R, N>(s, visible, visible_end, scores, column, states, keep, take);
+        for (; column < layer.value_dim; column += W)
+            weigh<R, 1>(s, visible, visible_end, scores, column, states, keep, take);
+    }
+
+    // `state` holds a maximum and a sum; keep and take are what its values and the chunk's are to be scaled by.
+    static void fold(float *state, float maximum, float sum, float &keep, float &take) {
+        const float joint = std::max(state[0], maximum);
+        keep = exp2(state[0] - joint);
+        take = exp2(maximum - joint);
+        state[0] = joint;
+        state[1] = state[1] * keep + sum * take;
+    }
+
+    // ---- pieces ----
+
+    void clear(float *states, int64_t rows) const {
+        for (int64_t r = 0; r < rows; ++r) {
+            std::fill_n(states + r * state_stride, layer.value_dim, 0.0f);
+            states[r * state_stride + layer.value_dim] = LOWEST;
+            states[r * state_stride + layer.value_dim + 1] = 0;
+        }
+    }
+
+    // Rows go in panels of even size, each packed [key_dim][rows] so that its broadcasts read along memory.
+    static int64_t panels(int64_t rows) { return ceil_div(rows, PANEL); }
+    static int64_t panel_start(int64_t rows, int64_t p) { return rows * p / panels(rows); }
+
+    void pack(const Piece &piece, float *queries) const {
+        const int64_t rows = piece.tile.count * group;
+        for (int64_t p = 0; p < panels(rows); ++p) {
+            const int64_t start = panel_start(rows, p), size = panel_start(rows, p + 1) - start;
+            float *packed = queries + start * layer.key_dim;
+            for (int64_t r = 0; r < size; ++r) {
+                const int64_t token = piece.tile.first + (start + r) / group;
+                const int64_t head = piece.head * group + (start + r) % group;
+                const float *query = call.query + token * call.query_token + head * call.query_head;
+                for (int64_t d = 0; d < layer.key_dim; ++d) packed[d * size + r] = query[d] * query_scale;
+            }
+        }
+    }
+
+    void run(const Piece &piece, const Piece *then, float *queries, float *scores, float *states) const {
+        using Panel = void (Kernel::*)(const Tile &, int64_t, int64_t, const Span &, const Span *, const float *, float *,
+                                       float *) const;
+        static constexpr Panel by_size[PANEL + 1] = {nullptr,           &Kernel::panel<1>, &Kernel::panel<2>,
+                                                     &Kernel::panel<3>, &Kernel::panel<4>, &Kernel::panel<5>,
+                                                     &Kernel::panel<6>};
+        const int64_t rows = piece.tile.count * group;
+        pack(piece, queries);
+        clear(states, rows);
+        Span now = span(piece, piece.chunk);
+        for (int64_t chunk = piece.chunk; chunk < piece.chunk_end; ++chunk) {
+            Span next;
+            if (chunk + 1 < piece.chunk_end)
+                next = span(piece, chunk + 1);
+            else if (then)
+                next = span(*then, then->chunk);
+            for (int64_t p = 0; p < panels(rows); ++p) {
+                const int64_t start = panel_start(rows, p), size = panel_start(rows, p + 1) - start;
+                (this->*by_size[size])(piece.tile, start, chunk, now, p == 0 ? &next : nullptr,
+                                       queries + start * layer.key_dim, scores, states + start * state_stride);
+            }
+            now = next;
+        }
+    }
+
+    // Joins `count` states of one piece, which lie `apart` floats from each other, and writes the output.
+    void finish(const Piece &piece, const float *states, int64_t count, int64_t apart) const {
+        for (int64_t r = 0; r < piece.tile.count * group; ++r) {
+            const int64_t head = piece.head * group + r % group;
+            float *output = call.output + ((piece.tile.first + r / group) * layer.query_heads + head) * layer.value_dim;
+            float total[2] = {LOWEST, 0};
+            std::fill_n(output, layer.value_dim, 0.0f);
+            for (int64_t i = 0; i < count; ++i) {
+                const float *state = states + i * apart + r * state_stride;
+                float keep, take;
+                fold(total, state[layer.value_dim], state[layer.value_dim + 1], keep, take);
+                for (int64_t c = 0; c < layer.value_dim; c += W)
+                    store(output + c, folded(load(output + c), keep, load(state + c), take));
+            }
+            float keep = 1, take;
+            if (call.sinks) fold(total, call.sinks[head] * LOG2E, 1, keep, take);
+            for (int64_t c = 0; c < layer.value_dim; c += W) store(output + c, load(output + c) * keep / total[1]);
+        }
+    }
+
+    std::vector<Piece> pieces() const {
+        std::vector<Piece> found;
+        for (int64_t row = 0; row < batch.rows; ++row) {
+            const int64_t start = batch.query_start[row], end = batch.query_start[row + 1];
+            for (int64_t first = start; first < end; first += tile_tokens) {
+                const int64_t position = batch.context_len[row] - (end - first);
+                const Tile tile{row, first, std::min(tile_tokens, end - first), position};
+                const int64_t chunk = first_visible(position) / chunk_size;
+                const int64_t chunk_end = ceil_div(position + tile.count, chunk_size);
+                for (int64_t head = 0; head < layer.kv_heads; ++head)
+                    found.push_back({tile, head, chunk, chunk_end, nullptr});
+            }
+        }
+        return found;
+    }
+
+    int64_t state_floats(const Piece &piece) const { return piece.tile.count * group * state_stride; }
+
+    void attend() const {
+        std::vector<Piece> whole = pieces();
+        std::vector<Piece> split;
+        Buffer states;
+        // Too few pieces to keep the threads evenly busy: every chunk becomes a piece, and `finish` joins them.
+        const bool splitting = (int64_t)whole.size() < 2 * call.threads;
+        if (splitting) {
+            int64_t floats = 0;
+            for (const Piece &piece : whole) floats += state_floats(piece) * (piece.chunk_end - piece.chunk);
+            states = allocate(floats);
+            float *state = states.get();
+            for (Piece &piece : whole) {
+                piece.state = state;
+                for (int64_t chunk = piece.chunk; chunk < piece.chunk_end; ++chunk, state += state_floats(piece))
+                    split.push_back({piece.tile, piece.head, chunk, chunk + 1, state});
+            }
+        }
+        const std::vector<Piece> &work = splitting ? split : whole;
+        const int64_t tile_rows = tile_tokens * group, count = work.size();
+        std::atomic<int64_t> claimed{0};
+
+#pragma omp parallel num_threads(call.threads)
+        {
+#pragma omp for schedule(static)
+            for (int64_t token = 0; token < batch.tokens; ++token) write(token);
+
+            Buffer queries = allocate(tile_rows * layer.key_dim), scores = allocate(PANEL * chunk_size);
+            Buffer own = allocate(tile_rows * state_stride);
+            // The next piece is claimed before this one runs, so that its first chunk can be prefetched.
+            for (int64_t i = claimed++, next; i < count; i = next) {
+                next = claimed++;
+                const Piece &piece = work[i];
+                run(piece, next < count ? &work[next] : nullptr, queries.get(), scores.get(),
+                    splitting ? piece.state : own.get());
+                if (!splitting) finish(piece, own.get(), 1, 0);
+            }
+            if (splitting) {
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+                for (int64_t i = 0; i < (int64_t)whole.size(); ++i) {
+                    const Piece &piece = whole[i];
+                    finish(piece, piece.state, piece.chunk_end - piece.chunk, state_floats(piece));
+                }
+            }
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+void paged_attention(const Layer *layer, const Batch *batch, const Call *call) {
+    Kernel{*layer, *batch, *call}.attend();
+}
+}

@@ -1,0 +1,35 @@
+"""The paged KV cache in the plain layout, which the reference and CUDA backends read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:  # the attention package imports this module
+    from workers.attention.base import LayerShape
+
+
+class KVCache:
+    """Per layer, keys [num_blocks, block_size, kv_heads, key_dim] and values [..., value_dim]; not initialised."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def blocks(heads: int, dim: int) -> Tensor:
+            return torch.empty(num_blocks, block_size, heads, dim, dtype=dtype, device=device)
+
+        self.keys = [blocks(layer.kv_heads, layer.key_dim) for layer in layers]
+        self.values = [blocks(layer.kv_heads, layer.value_dim) for layer in layers]
+
+    def write(self, layer: int, key: Tensor, value: Tensor, cache_slots: Tensor) -> None:
+        """Store key [T, kv_heads, key_dim] and value [T, kv_heads, value_dim] at cache_slots, int64 [T]."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, cache_slots, key)
+        self.values[layer].flatten(0, 1).index_copy_(0, cache_slots, value)

@@ -1,0 +1,79 @@
+"""Executes one plan: ragged inputs, one forward pass over all rows, one sampled token for each row that asks for it."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from protocol.plan import StepPlan, StepResult
+from workers.attention import AttentionBackend, Attributes, RaggedBatch
+from workers.bridge import attending
+from workers.sampler import Sampler
+from workers.slots import Slots
+
+
+def forward(
+    module: PreTrainedModel,
+    backend: AttentionBackend,
+    ids: Tensor,
+    positions: Tensor,
+    batch: RaggedBatch,
+    keep: Tensor,
+) -> Tensor:
+    """One pass over a ragged batch: ids and positions int64 ``[T]``; logits ``[len(keep), V]`` of the rows in ``keep``."""
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes) -> Tensor:
+        return backend.attend(layer, query, key, value, batch, attributes)
+
+    with attending(attend):
+        output = module(
+            input_ids=ids[None], position_ids=positions[None], attention_mask=None, use_cache=False, logits_to_keep=keep
+        )
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+class Runner:
+    """One model, its KV cache and the slots of the sequences that are running."""
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        backend: AttentionBackend,
+        *,
+        max_running: int,
+        max_model_len: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        blocks = -(-max_model_len // backend.block_size)
+        self._module = module
+        self._backend = backend
+        self._slots = Slots(max_running, blocks, backend.block_size, backend.device)
+        self._sampler = Sampler(max_running, backend.device)
+        self._clock = clock
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> StepResult:
+        """Run one step; the copy of the sampled tokens is the only wait for the device."""
+        begun = self._clock()
+        for admission in plan.admissions:
+            self._slots.admit(admission)
+            self._sampler.assign(admission.slot, admission.sampling)
+        for row in plan.rows:
+            self._slots.extend(row)
+        positions, batch = self._slots.batch(plan.rows)
+        sampled = [index for index, row in enumerate(plan.rows) if row.sample]
+        keep = batch.query_start[1:][sampled].long() - 1
+        logits = forward(self._module, self._backend, self._slots.input_ids(plan.rows), positions, batch, keep)
+        tokens = self._sample(plan, sampled, logits) if sampled else []
+        return StepResult(plan.step, tokens, self._clock() - begun)
+
+    def _sample(self, plan: StepPlan, sampled: list[int], logits: Tensor) -> list[int]:
+        slots = [plan.rows[index].slot for index in sampled]
+        positions = [plan.rows[index].start + plan.rows[index].length for index in sampled]
+        tokens = self._sampler.sample(logits, slots, positions)
+        self._slots.last_token[slots] = tokens
+        result: list[int] = tokens.tolist()
+        return result
