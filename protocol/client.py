@@ -49,10 +49,10 @@ class RequestCancelled(Exception):
 class Client:
     """A tenant's connection to the service; use as ``async with``, for any number of requests at once.
 
-    ``url`` is ``mqtt://[user@]host[:port]`` or ``mqtts://…``. A request that isn't accepted is sent again, under the same
-    id, until ``accept_timeout_s`` is over, and once more after every reconnect: the service answers a repeated id with
-    the running generation or the stored result. Entering raises what Transport's entering raises. Leaving cancels what
-    still runs.
+    ``url`` is ``mqtt://[user@]host[:port]`` or ``mqtts://…``. A request that isn't accepted is sent again, under the
+    same id, until ``accept_timeout_s`` is over, and once more after every reconnect: the service answers a repeated id
+    with the running generation or the stored result. Entering raises what Transport's entering raises. Leaving cancels
+    what still runs.
     """
 
     def __init__(
@@ -91,8 +91,14 @@ class Client:
     def stream(self, request: Request, *, model: str, request_id: str | None = None) -> "Stream":
         """A generation, sent when it is iterated. Raises TopicError for a name outside the grammar."""
         request_id = request_id or uuid.uuid4().hex
-        response_topic = topics.out(self.tenant, f"{self._id}/{request_id}")
-        return Stream(self._exchange, request, self.tenant, model, request_id, response_topic)
+        return Stream(
+            self._exchange,
+            encode_request(request),
+            request_id=request_id,
+            request_topic=topics.request(self.tenant, model, request_id),
+            response_topic=topics.out(self.tenant, f"{self._id}/{request_id}"),
+            cancel_topic=topics.cancel(self.tenant, request_id),
+        )
 
     async def complete(self, request: Request, *, model: str, request_id: str | None = None) -> Result:
         """The whole answer. Raises what iterating a stream raises."""
@@ -114,19 +120,26 @@ class Stream:
     """One generation: iterate over its chunks; ``result`` is there when they end.
 
     The chunks' texts together are exactly the result's text: should some be lost on the way, the last one carries the
-    rest. Leaving the iteration early cancels the request. Iterating raises RequestError (the service refused or failed),
-    RequestCancelled, TransportError (the broker refused it), or TimeoutError when nobody accepted it.
+    rest. Leaving the iteration early cancels the request. Iterating raises RequestError (the service refused or
+    failed), RequestCancelled, TransportError (the broker refused it), or TimeoutError when nobody accepted it.
     """
 
     def __init__(
-        self, exchange: "_Exchange", request: Request, tenant: str, model: str, request_id: str, response_topic: str
+        self,
+        exchange: "_Exchange",
+        payload: bytes,
+        *,
+        request_id: str,
+        request_topic: str,
+        response_topic: str,
+        cancel_topic: str,
     ) -> None:
         self.request_id = request_id
         self.response_topic = response_topic
         self._exchange = exchange
-        self._request_topic = topics.request(tenant, model, request_id)
-        self._cancel_topic = topics.cancel(tenant, request_id)
-        self._payload = encode_request(request)
+        self._payload = payload
+        self._request_topic = request_topic
+        self._cancel_topic = cancel_topic
         self._inbox: asyncio.Queue[Reply | Exception] = asyncio.Queue()
         self._accepted = asyncio.Event()
         self._ended = False
@@ -240,7 +253,9 @@ class _Exchange:
         tasks = self._tasks | self._goodbyes
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
 
     def spawn(self, work: Coroutine[None, None, None], *, name: str) -> asyncio.Task[None]:
         return _keep(asyncio.create_task(work, name=name), self._tasks)

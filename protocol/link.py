@@ -5,6 +5,7 @@
 import asyncio
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -159,7 +160,7 @@ class Link(aiomqtt.Client):
             keepalive=_KEEPALIVE_S,
             clean_start=session_expiry_s == 0,
             properties=_properties(PacketTypes.CONNECT, SessionExpiryInterval=session_expiry_s),
-            tls_context=ssl.create_default_context(cafile=address.ca_file) if address.tls else None,
+            tls_context=_tls_context(address.ca_file) if address.tls else None,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
         self.epoch = 0
@@ -167,6 +168,7 @@ class Link(aiomqtt.Client):
         self.packet_limit: int | None = None
         self._received = received
         self._published = published
+        self._thread = threading.get_ident()
         self._client.connect_timeout = _ANSWER_S
         self._client.manual_ack_set(True)
         # The window is kept by the transport: on a reconnect paho sends everything pending, whatever its own window.
@@ -270,6 +272,17 @@ class Link(aiomqtt.Client):
             self._connected.set_exception(aiomqtt.MqttError("the broker closed the connection before a CONNACK"))
         super()._on_disconnect(client, userdata, flags, reason_code, properties)
 
+    def _on_socket_register_write(self, client: Client, _userdata: Any, sock: Any) -> None:
+        """At once, not as aiomqtt does in the loop's next turn, when the socket may be closed or all be written already.
+
+        The latter would leave a writer that nobody removes and keep the loop spinning. Only for the CONNECT, which paho
+        queues from aiomqtt's thread, there is no other way.
+        """
+        if threading.get_ident() == self._thread:
+            self._loop.add_writer(sock, client.loop_write)
+        else:
+            super()._on_socket_register_write(client, _userdata, sock)
+
     def _on_message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
         self._received(
             Incoming(
@@ -289,6 +302,23 @@ class Link(aiomqtt.Client):
         self, _client: Client, _userdata: Any, mid: int, reason_code: ReasonCode, _properties: Properties
     ) -> None:
         self._published(mid, Reason(reason_code.value, reason_code.getName()))
+
+
+class _TidySocket(ssl.SSLSocket):
+    """Closes itself when the handshake fails, which paho leaves to the garbage collector."""
+
+    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT002 (the signature of the base class)
+        try:
+            super().do_handshake(block)
+        except OSError:
+            self.close()
+            raise
+
+
+def _tls_context(ca_file: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=ca_file)
+    context.sslsocket_class = _TidySocket
+    return context
 
 
 def _check_not_lost(lost: asyncio.Future[None]) -> None:

@@ -129,6 +129,11 @@ class Batcher:
         self._step += 1
         return plan
 
+    def row_ids(self, plan: StepPlan) -> list[str]:
+        """Whose each row of the latest plan is."""
+        by_slot = {sequence.slot: sequence.id for sequence in self.running}
+        return [by_slot[row.slot] for row in plan.rows]
+
     def apply(self, step: int, tokens: list[int]) -> list[TokenEvent]:
         """Take the tokens a step sampled. Steps are applied in the order they were planned; raises ValueError if not."""
         planned, samplers = self._in_flight[0] if self._in_flight else (None, [])

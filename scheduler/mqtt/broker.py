@@ -116,7 +116,7 @@ class EmbeddedBroker:
         return self._data_dir / "mosquitto.log"
 
     def _config(self) -> list[str]:
-        """No limit on queued messages: Mosquitto drops what is over its own, 1,000 per client, unseen by the publisher."""
+        """Without its limit on queued messages: over 1,000 per client Mosquitto drops them, unseen by the publisher."""
         lines = [
             f"listener {self.port} {self.host}",
             "allow_anonymous true",
@@ -174,9 +174,13 @@ async def find_mosquitto(cache_dir: Path) -> tuple[str, dict[str, str]]:
     fetched = cache_dir / "root/usr/sbin/mosquitto"
     if not os.access(fetched, os.X_OK):
         await _fetch(cache_dir)
-    libraries = [str(path) for path in cache_dir.glob("root/usr/lib/*-linux-gnu*")]
-    environment["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+    environment["LD_LIBRARY_PATH"] = _library_path(cache_dir / "root")
     return str(fetched), environment
+
+
+def _library_path(root: Path) -> str:
+    unpacked = [str(folder) for folder in root.glob("usr/lib/*-linux-gnu*")]
+    return os.pathsep.join([*unpacked, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
 
 
 async def _fetch(cache_dir: Path) -> None:
@@ -225,7 +229,7 @@ def _signal(process: asyncio.subprocess.Process, how: signal.Signals) -> None:
 
 
 def _tied_to_us() -> list[str]:
-    """Has the kernel end the child when we die, even by SIGKILL. Where there is no setpriv (not Linux) it may live on."""
+    """Has the kernel end the child when we die, even by SIGKILL; without setpriv (not Linux) it may live on."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "TERM"] if setpriv is not None else []
 

@@ -21,7 +21,7 @@ MULTIPLE = 8
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("keys", "values")),
+        ("cache", c_void_p),
         *((name, c_int64) for name in ("query_heads", "kv_heads", "key_dim", "value_dim", "block_size")),
     )
 
@@ -46,7 +46,7 @@ class _Call(ctypes.Structure):
 
 
 class CpuAttention(AttentionBackend):
-    """Keys lie as [num_blocks, kv_heads, key_dim, block_size], values as [num_blocks, kv_heads, block_size, value_dim].
+    """Per layer one cache tensor, [num_blocks, kv_heads, (key_dim + value_dim) * block_size]; the kernel says what is in it.
 
     A query's output is the same bits whatever else is in the batch and however its prompt was cut into chunks.
     Raises CompileError when the kernel cannot be compiled.
@@ -67,11 +67,10 @@ class CpuAttention(AttentionBackend):
         self._kernel = _library(layers, block_size).paged_attention
         self._kernel.argtypes = (c_void_p, c_void_p, c_void_p)
         self._kernel.restype = None
-        self.keys = [torch.empty(num_blocks, s.kv_heads, s.key_dim, block_size) for s in layers]
-        self.values = [torch.empty(num_blocks, s.kv_heads, block_size, s.value_dim) for s in layers]
+        self.cache = [torch.empty(num_blocks, s.kv_heads, (s.key_dim + s.value_dim) * block_size) for s in layers]
         self._layers = [
-            _Layer(key.data_ptr(), value.data_ptr(), s.query_heads, s.kv_heads, s.key_dim, s.value_dim, block_size)
-            for s, key, value in zip(layers, self.keys, self.values, strict=True)
+            _Layer(cache.data_ptr(), s.query_heads, s.kv_heads, s.key_dim, s.value_dim, block_size)
+            for s, cache in zip(layers, self.cache, strict=True)
         ]
         self._batch: RaggedBatch | None = None
         self._batch_tensors: tuple[Tensor, ...] = ()

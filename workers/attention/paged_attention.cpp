@@ -1,16 +1,16 @@
 // Causal attention over a paged float32 KV cache: nothing is gathered, padded or expanded.
 //
-// Keys lie as [num_blocks, kv_heads, key_dim, block_size], so one vector holds one dimension of several keys and a dot
-// product needs no horizontal sum; values lie as [num_blocks, kv_heads, block_size, value_dim].
+// A block holds, KV head by KV head, its keys as [key_dim, block_size] and then its values as [block_size, value_dim].
+// One vector holds one dimension of several keys, so a dot product needs no horizontal sum. Decoding is bound by memory,
+// and memory likes long runs: a decoding row visits all heads of a block together.
 //
-// A tile is a few query tokens of one row; with one KV head and all its query heads it is one piece of work. The
-// context is taken in chunks of about CHUNK keys that start at fixed positions. Each chunk yields its own softmax state
+// A tile is a few query tokens of one row, and with one KV head and all its query heads (when decoding, all KV heads) it
+// is one piece of work. The context is taken in chunks of about CHUNK keys that start at fixed positions. Each chunk yields its own softmax state
 // (maximum, sum, weighted values) and the states are folded in order (the online softmax). Because neither the chunks
 // nor the order depend on the tile, the batch or the thread, a query's result is the same bits whoever shares the
 // batch, however its prompt was cut, and whether or not the chunks were spread over threads.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -27,7 +27,7 @@
 extern "C" {
 
 struct Layer {
-    float *keys, *values;
+    float *cache;
     int64_t query_heads, kv_heads, key_dim, value_dim, block_size;
 };
 
@@ -89,10 +89,10 @@ struct Tile {
     int64_t row, first, count, position;
 };
 
-// Chunks [chunk, chunk_end) of one tile's context for one KV head. `state` is where a split piece leaves its result.
+// Chunks [chunk, chunk_end) of one tile's context for some KV heads. `state` is where a split piece leaves its result.
 struct Piece {
     Tile tile;
-    int64_t head, chunk, chunk_end;
+    int64_t head, head_end, chunk, chunk_end;
     float *state;
 };
 
@@ -102,10 +102,6 @@ struct Span {
     int count = 0;
     const float *keys[MAX_CHUNK_BLOCKS], *values[MAX_CHUNK_BLOCKS];
 };
-
-void prefetch(const float *data, int64_t floats) {
-    for (int64_t i = 0; i < floats; i += CACHE_LINE / 4) __builtin_prefetch(data + i, 0, 2);
-}
 
 typedef float F __attribute__((vector_size(W * 4)));
 typedef int32_t I __attribute__((vector_size(W * 4)));
@@ -182,29 +178,31 @@ struct Kernel {
 
     // ---- the cache ----
 
-    int64_t block_head(int64_t block, int64_t head) const { return (block * layer.kv_heads + head) * block_size; }
+    float *keys(int64_t block, int64_t head) const {
+        return layer.cache + (block * layer.kv_heads + head) * block_size * (layer.key_dim + layer.value_dim);
+    }
+    float *values(int64_t block, int64_t head) const { return keys(block, head) + block_size * layer.key_dim; }
 
     void write(int64_t token) const {
         const int64_t block = batch.cache_slots[token] / block_size, offset = batch.cache_slots[token] % block_size;
         for (int64_t h = 0; h < layer.kv_heads; ++h) {
             const float *key = call.key + token * call.key_token + h * call.key_head;
-            float *keys = layer.keys + block_head(block, h) * layer.key_dim + offset;
-            for (int64_t d = 0; d < layer.key_dim; ++d) keys[d * block_size] = key[d];
-            std::memcpy(layer.values + (block_head(block, h) + offset) * layer.value_dim,
+            float *column = keys(block, h) + offset;
+            for (int64_t d = 0; d < layer.key_dim; ++d) column[d * block_size] = key[d];
+            std::memcpy(values(block, h) + offset * layer.value_dim,
                         call.value + token * call.value_token + h * call.value_head, layer.value_dim * sizeof(float));
         }
     }
 
-    Span span(const Piece &piece, int64_t chunk) const {
-        const Tile &tile = piece.tile;
+    Span span(const Tile &tile, int64_t head, int64_t chunk) const {
         const int64_t first = std::max(chunk * chunk_size, first_visible(tile.position)) / block_size;
         const int64_t end = std::min((chunk + 1) * chunk_size, tile.position + tile.count);
         Span s;
         s.first = first * block_size - chunk * chunk_size;
         for (int64_t logical = first; logical * block_size < end; ++logical, ++s.count) {
-            const int64_t at = block_head(batch.block_table[tile.row * batch.max_blocks + logical], piece.head);
-            s.keys[s.count] = layer.keys + at * layer.key_dim;
-            s.values[s.count] = layer.values + at * layer.value_dim;
+            const int64_t block = batch.block_table[tile.row * batch.max_blocks + logical];
+            s.keys[s.count] = keys(block, head);
+            s.values[s.count] = values(block, head);
         }
         return s;
     }
@@ -276,10 +274,10 @@ struct Kernel {
             }
     }
 
-    // Folds chunk `chunk` into the states of rows [row, row + R) of the tile. `next` is prefetched along the way.
+    // Folds chunk `chunk` into the states of rows [row, row + R) of the tile.
     template <int R>
-    void panel(const Tile &tile, int64_t row, int64_t chunk, const Span &s, const Span *next, const float *queries,
-               float *scores, float *states) const {
+    void panel(const Tile &tile, int64_t row, int64_t chunk, const Span &s, const float *queries, float *scores,
+               float *states) const {
         const int64_t base = chunk * chunk_size;
         const int64_t first_position = tile.position + row / group;
         const int64_t last_position = tile.position + (row + R - 1) / group;
@@ -289,16 +287,11 @@ struct Kernel {
         if (visible >= visible_end) return;
 
         int64_t end = s.first;
-        for (int b = 0; b < s.count; ++b, end += block_size) {
-            if (next && b < next->count) prefetch(next->keys[b], block_size * layer.key_dim);
-            if (end >= visible_end) continue;
+        for (int b = 0; end < visible_end; ++b, end += block_size) {
             int64_t c = 0;
             for (; c + 2 * W <= block_size; c += 2 * W) dot<R, 2>(queries, s.keys[b] + c, scores + end + c);
             for (; c < block_size; c += W) dot<R, 1>(queries, s.keys[b] + c, scores + end + c);
         }
-        if (next)
-            for (int b = s.count; b < next->count; ++b) prefetch(next->keys[b], block_size * layer.key_dim);
-        end = s.first + ceil_div(visible_end - s.first, block_size) * block_size;
 
         float keep[R], take[R];
         for (int r = 0; r < R; ++r) {
@@ -309,8 +302,6 @@ struct Kernel {
             fold(states + r * state_stride + layer.value_dim, maximum, sum, keep[r], take[r]);
         }
 
-        if (next)
-            for (int b = 0; b < next->count; ++b) prefetch(next->values[b], block_size * layer.value_dim);
         constexpr int N = R <= 3 ? VALUE_VECTORS_NARROW : 2;
         int64_t column = 0;
         for (; column + N * W <= layer.value_dim; column += N * W)
@@ -342,50 +333,50 @@ struct Kernel {
     static int64_t panels(int64_t rows) { return ceil_div(rows, PANEL); }
     static int64_t panel_start(int64_t rows, int64_t p) { return rows * p / panels(rows); }
 
-    void pack(const Piece &piece, float *queries) const {
-        const int64_t rows = piece.tile.count * group;
+    void pack(const Tile &tile, int64_t kv_head, float *queries) const {
+        const int64_t rows = tile.count * group;
         for (int64_t p = 0; p < panels(rows); ++p) {
             const int64_t start = panel_start(rows, p), size = panel_start(rows, p + 1) - start;
             float *packed = queries + start * layer.key_dim;
             for (int64_t r = 0; r < size; ++r) {
-                const int64_t token = piece.tile.first + (start + r) / group;
-                const int64_t head = piece.head * group + (start + r) % group;
+                const int64_t token = tile.first + (start + r) / group, head = kv_head * group + (start + r) % group;
                 const float *query = call.query + token * call.query_token + head * call.query_head;
                 for (int64_t d = 0; d < layer.key_dim; ++d) packed[d * size + r] = query[d] * query_scale;
             }
         }
     }
 
-    void run(const Piece &piece, const Piece *then, float *queries, float *scores, float *states) const {
-        using Panel = void (Kernel::*)(const Tile &, int64_t, int64_t, const Span &, const Span *, const float *, float *,
-                                       float *) const;
+    void visit(const Tile &tile, int64_t head, int64_t chunk, const float *queries, float *scores, float *states) const {
+        using Panel = void (Kernel::*)(const Tile &, int64_t, int64_t, const Span &, const float *, float *, float *) const;
         static constexpr Panel by_size[PANEL + 1] = {nullptr,           &Kernel::panel<1>, &Kernel::panel<2>,
                                                      &Kernel::panel<3>, &Kernel::panel<4>, &Kernel::panel<5>,
                                                      &Kernel::panel<6>};
-        const int64_t rows = piece.tile.count * group;
-        pack(piece, queries);
-        clear(states, rows);
-        Span now = span(piece, piece.chunk);
-        for (int64_t chunk = piece.chunk; chunk < piece.chunk_end; ++chunk) {
-            Span next;
-            if (chunk + 1 < piece.chunk_end)
-                next = span(piece, chunk + 1);
-            else if (then)
-                next = span(*then, then->chunk);
-            for (int64_t p = 0; p < panels(rows); ++p) {
-                const int64_t start = panel_start(rows, p), size = panel_start(rows, p + 1) - start;
-                (this->*by_size[size])(piece.tile, start, chunk, now, p == 0 ? &next : nullptr,
-                                       queries + start * layer.key_dim, scores, states + start * state_stride);
-            }
-            now = next;
+        const int64_t rows = tile.count * group;
+        const Span s = span(tile, head, chunk);
+        for (int64_t p = 0; p < panels(rows); ++p) {
+            const int64_t start = panel_start(rows, p), size = panel_start(rows, p + 1) - start;
+            (this->*by_size[size])(tile, start, chunk, s, queries + start * layer.key_dim, scores,
+                                   states + start * state_stride);
         }
+    }
+
+    void run(const Piece &piece, float *queries, float *scores, float *states) const {
+        const int64_t rows = piece.tile.count * group;
+        for (int64_t head = piece.head; head < piece.head_end; ++head)
+            pack(piece.tile, head, queries + (head - piece.head) * rows * layer.key_dim);
+        clear(states, rows * (piece.head_end - piece.head));
+        for (int64_t chunk = piece.chunk; chunk < piece.chunk_end; ++chunk)
+            for (int64_t head = piece.head; head < piece.head_end; ++head)
+                visit(piece.tile, head, chunk, queries + (head - piece.head) * rows * layer.key_dim, scores,
+                      states + (head - piece.head) * rows * state_stride);
     }
 
     // Joins `count` states of one piece, which lie `apart` floats from each other, and writes the output.
     void finish(const Piece &piece, const float *states, int64_t count, int64_t apart) const {
-        for (int64_t r = 0; r < piece.tile.count * group; ++r) {
-            const int64_t head = piece.head * group + r % group;
-            float *output = call.output + ((piece.tile.first + r / group) * layer.query_heads + head) * layer.value_dim;
+        const int64_t per_head = piece.tile.count * group;
+        for (int64_t r = 0; r < rows(piece); ++r) {
+            const int64_t head = (piece.head + r / per_head) * group + r % group;
+            float *output = call.output + ((piece.tile.first + r % per_head / group) * layer.query_heads + head) * layer.value_dim;
             float total[2] = {LOWEST, 0};
             std::fill_n(output, layer.value_dim, 0.0f);
             for (int64_t i = 0; i < count; ++i) {
@@ -410,14 +401,16 @@ struct Kernel {
                 const Tile tile{row, first, std::min(tile_tokens, end - first), position};
                 const int64_t chunk = first_visible(position) / chunk_size;
                 const int64_t chunk_end = ceil_div(position + tile.count, chunk_size);
-                for (int64_t head = 0; head < layer.kv_heads; ++head)
-                    found.push_back({tile, head, chunk, chunk_end, nullptr});
+                const int64_t heads = tile.count == 1 ? layer.kv_heads : 1;
+                for (int64_t head = 0; head < layer.kv_heads; head += heads)
+                    found.push_back({tile, head, head + heads, chunk, chunk_end, nullptr});
             }
         }
         return found;
     }
 
-    int64_t state_floats(const Piece &piece) const { return piece.tile.count * group * state_stride; }
+    int64_t rows(const Piece &piece) const { return piece.tile.count * group * (piece.head_end - piece.head); }
+    int64_t state_floats(const Piece &piece) const { return rows(piece) * state_stride; }
 
     void attend() const {
         std::vector<Piece> whole = pieces();
@@ -433,35 +426,29 @@ struct Kernel {
             for (Piece &piece : whole) {
                 piece.state = state;
                 for (int64_t chunk = piece.chunk; chunk < piece.chunk_end; ++chunk, state += state_floats(piece))
-                    split.push_back({piece.tile, piece.head, chunk, chunk + 1, state});
+                    split.push_back({piece.tile, piece.head, piece.head_end, chunk, chunk + 1, state});
             }
         }
         const std::vector<Piece> &work = splitting ? split : whole;
-        const int64_t tile_rows = tile_tokens * group, count = work.size();
-        std::atomic<int64_t> claimed{0};
+        int64_t most_rows = 0;
+        for (const Piece &piece : whole) most_rows = std::max(most_rows, rows(piece));
 
 #pragma omp parallel num_threads(call.threads)
         {
 #pragma omp for schedule(static)
             for (int64_t token = 0; token < batch.tokens; ++token) write(token);
 
-            Buffer queries = allocate(tile_rows * layer.key_dim), scores = allocate(PANEL * chunk_size);
-            Buffer own = allocate(tile_rows * state_stride);
-            // The next piece is claimed before this one runs, so that its first chunk can be prefetched.
-            for (int64_t i = claimed++, next; i < count; i = next) {
-                next = claimed++;
-                const Piece &piece = work[i];
-                run(piece, next < count ? &work[next] : nullptr, queries.get(), scores.get(),
-                    splitting ? piece.state : own.get());
-                if (!splitting) finish(piece, own.get(), 1, 0);
+            Buffer queries = allocate(most_rows * layer.key_dim), scores = allocate(PANEL * chunk_size);
+            Buffer own = allocate(most_rows * state_stride);
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < (int64_t)work.size(); ++i) {
+                run(work[i], queries.get(), scores.get(), splitting ? work[i].state : own.get());
+                if (!splitting) finish(work[i], own.get(), 1, 0);
             }
             if (splitting) {
-#pragma omp barrier
 #pragma omp for schedule(dynamic)
-                for (int64_t i = 0; i < (int64_t)whole.size(); ++i) {
-                    const Piece &piece = whole[i];
-                    finish(piece, piece.state, piece.chunk_end - piece.chunk, state_floats(piece));
-                }
+                for (int64_t i = 0; i < (int64_t)whole.size(); ++i)
+                    finish(whole[i], whole[i].state, whole[i].chunk_end - whole[i].chunk, state_floats(whole[i]));
             }
         }
     }

@@ -1,0 +1,67 @@
+"""Every Prometheus series, defined once. Names follow https://prometheus.io/docs/practices/naming/."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from scheduler.loop import StepReport
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
+_TTFT_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Metrics:
+    """One set of series in a registry of its own, so that several services may live in one process."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.running = Gauge("tokenbus_running_requests", "Sequences in the running batch", registry=registry)
+        self.waiting = Gauge("tokenbus_waiting_requests", "Sequences waiting to run", registry=registry)
+        self.kv_usage = Gauge("tokenbus_kv_usage_ratio", "Share of KV blocks in use", registry=registry)
+        self.worker_up = Gauge("tokenbus_worker_up", "1 while the worker process serves", registry=registry)
+        self.requests = Counter("tokenbus_requests", "Requests by how they ended", ["outcome"], registry=registry)
+        self.tokens = Counter("tokenbus_tokens", "Tokens by kind", ["kind"], registry=registry)
+        self.wasted = Counter("tokenbus_wasted_tokens", "Tokens computed in vain", ["reason"], registry=registry)
+        self.preemptions = Counter("tokenbus_preemptions", "Sequences preempted for want of blocks", registry=registry)
+        self.worker_restarts = Counter("tokenbus_worker_restarts", "Worker processes replaced", registry=registry)
+        self.ttft = Histogram(
+            "tokenbus_time_to_first_token_seconds",
+            "From acceptance to the first token",
+            buckets=_TTFT_SECONDS,
+            registry=registry,
+        )
+        self.itl = Histogram(
+            "tokenbus_inter_token_latency_seconds",
+            "Between two tokens of a request",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.e2e = Histogram(
+            "tokenbus_request_seconds", "From acceptance to the end", buckets=_TTFT_SECONDS, registry=registry
+        )
+        self.step = Histogram("tokenbus_step_seconds", "Worker time of a step", buckets=_SECONDS, registry=registry)
+        self.gap = Histogram(
+            "tokenbus_step_gap_seconds", "Time of a step outside the worker", buckets=_SECONDS, registry=registry
+        )
+        self.batch_size = Histogram("tokenbus_batch_rows", "Sequences in a step", buckets=_ROWS, registry=registry)
+        self._totals = {"preemptions": 0, "recompute": 0, "ended": 0}
+
+    def observe_step(self, report: StepReport) -> None:
+        """Take in one iteration."""
+        self.running.set(report.running)
+        self.waiting.set(report.waiting)
+        self.kv_usage.set(report.kv_usage)
+        self.batch_size.observe(len(report.rows))
+        self.step.observe(report.seconds)
+        self.gap.observe(report.gap_s)
+        self.tokens.labels("prefill").inc(report.prefill_tokens)
+        self.tokens.labels("decode").inc(report.decode_tokens)
+        self.tokens.labels("generated").inc(len(report.events))
+        self.preemptions.inc(self._growth("preemptions", report.preemptions))
+        self.wasted.labels("recompute").inc(self._growth("recompute", report.recomputed_tokens))
+        self.wasted.labels("ended").inc(self._growth("ended", report.late_tokens))
+
+    def _growth(self, name: str, total: int) -> int:
+        """How far a running total of the batcher has grown since the last report."""
+        growth = total - self._totals[name]
+        self._totals[name] = total
+        return growth

@@ -1,0 +1,109 @@
+"""Text in and out of tokens: chat template and tokenizer going in, incremental detokenisation and stop strings coming out."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jinja2.exceptions import TemplateError
+from tokenizers.decoders import DecodeStream
+
+from protocol.errors import BadRequest
+from protocol.request import Request
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+#: How many prompt tokens the detokeniser sees first, so that it knows whether the text goes on after a space.
+_CONTEXT_TOKENS = 6
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Text:
+    """The tokenizer of one model. Thread-safe."""
+
+    def __init__(self, path: str) -> None:
+        from transformers import AutoTokenizer  # noqa: PLC0415 - takes a second; only the service needs it
+
+        self._tokenizer = AutoTokenizer.from_pretrained(path)
+
+    @property
+    def backend(self) -> "Tokenizer":
+        return self._tokenizer.backend_tokenizer
+
+    def prompt_tokens(self, request: Request) -> list[int]:
+        """Token ids of the prompt, through the chat template for messages. Raises BadRequest."""
+        if request.messages is None:
+            if isinstance(request.prompt, list):
+                return self._check_ids(request.prompt)
+            return list(self._tokenizer.encode(request.prompt or ""))
+        messages = [{"role": message.role, "content": message.text} for message in request.messages]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ValueError) as error:
+            raise BadRequest("messages", f"the model's chat template refuses them: {error}") from None
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _check_ids(self, ids: list[int]) -> list[int]:
+        size = len(self._tokenizer)
+        for index, token in enumerate(ids):
+            if token >= size:
+                raise BadRequest(f"prompt[{index}]", f"must be a token id below {size}")
+        return ids
+
+
+class Detokenizer:
+    """Turns one sequence's tokens into text as they come; never gives half a character."""
+
+    def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that is certain now: empty while a character is incomplete."""
+        piece = self._stream.step(self._tokenizer, token)
+        if piece is None:
+            self._held.append(token)
+            return ""
+        self._held.clear()
+        return str(piece)
+
+    def finish(self) -> str:
+        """What was held back, without the character that never was completed."""
+        held = self._tokenizer.decode(self._held, skip_special_tokens=True)
+        self._held.clear()
+        return str(held).rstrip(_REPLACEMENT)
+
+
+class StopStrings:
+    """Passes text on up to the first stop string; holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Text that may be published now; once ``stopped``, nothing follows."""
+        text = self._held + text
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        cut = len(text) - keep
+        self._held = text[cut:]
+        return text[:cut]
+
+    def finish(self) -> str:
+        """What was held back, now that nothing can complete it."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that ``stop`` begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

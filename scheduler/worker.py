@@ -1,0 +1,90 @@
+"""The worker process as the scheduler sees it: started, told plans, answering results; it may die at any time."""
+
+import asyncio
+import sys
+from types import TracebackType
+from typing import Self
+
+from protocol import plan
+from protocol.plan import Reply, StepFailure, StepPlan, StepResult, WorkerConfig, WorkerInfo
+
+_STOP_S = 5.0
+
+
+class WorkerDied(Exception):
+    """The process ended, or never became ready."""
+
+
+class WorkerRefused(Exception):
+    """The worker says that it can't serve this configuration; trying again won't help."""
+
+
+class Worker:
+    """One process; use as ``async with Worker(config) as worker``. Entering waits until it is ready.
+
+    Raises WorkerRefused or WorkerDied.
+    """
+
+    info: WorkerInfo
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+
+    async def __aenter__(self) -> Self:
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "workers", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            self._send(self._config)
+            answer = await self._receive()
+            if isinstance(answer, plan.StartFailure):
+                raise WorkerRefused(answer.error)
+            if not isinstance(answer, WorkerInfo):
+                raise WorkerDied(f"the worker answered {type(answer).__name__} before it was ready")
+        except BaseException:
+            await self._stop()
+            raise
+        self.info = answer
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stop()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def step(self, step: StepPlan) -> StepResult | StepFailure:
+        """Execute one plan. Raises WorkerDied."""
+        self._send(step)
+        answer = await self._receive()
+        if not isinstance(answer, StepResult | StepFailure):
+            raise WorkerDied(f"the worker answered {type(answer).__name__} to a plan")
+        return answer
+
+    def _send(self, message: WorkerConfig | StepPlan) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(plan.frame(message))
+
+    async def _receive(self) -> Reply:
+        assert self._process.stdout is not None
+        try:
+            header = await self._process.stdout.readexactly(plan.HEADER_BYTES)
+            body = await self._process.stdout.readexactly(plan.body_length(header))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            code = await self._process.wait()
+            raise WorkerDied(f"the worker process ended with status {code}") from None
+        return plan.decode_reply(body)
+
+    async def _stop(self) -> None:
+        """Closing its stdin asks it to leave; it is killed when it doesn't."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
