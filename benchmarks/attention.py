@@ -7,17 +7,17 @@ step does: one layer timed alone would find its cache in L3.
 from __future__ import annotations
 
 import json
-import sys
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import click
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from workers.attention import Attributes, LayerShape, RaggedBatch
+from workers.attention import AttentionBackend, Attributes, LayerShape, RaggedBatch
 from workers.attention.cpu import CpuAttention
 from workers.attention.reference import ReferenceAttention
 
@@ -25,7 +25,7 @@ SMOLLM2 = LayerShape(query_heads=9, kv_heads=3, key_dim=64, value_dim=64)
 LAYERS = 30
 BLOCK_SIZE = 16
 ATTRIBUTES = Attributes(scaling=SMOLLM2.key_dim**-0.5)
-WARM_UP_STEPS = 3
+REFERENCE_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,13 @@ WORKLOADS = (
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Milliseconds per layer, the fastest step's and the median step's; the reference's fastest beside them."""
+    """Milliseconds per layer. `cache_gb_per_s` and `gflop_per_s` are the kernel's, over its median step."""
 
     workload: Workload
     threads: int
-    cpu_ms: float
+    cpu_best_ms: float
     cpu_median_ms: float
-    reference_ms: float
+    reference_median_ms: float
     cache_gb_per_s: float
     gflop_per_s: float
 
@@ -76,39 +76,83 @@ def random_batch(workload: Workload) -> RaggedBatch:
     )
 
 
-def step_times(step: Callable[[], None], steps: int) -> list[float]:
-    """Milliseconds per layer of each step, sorted."""
-    for _ in range(WARM_UP_STEPS):
-        step()
-    times = []
-    for _ in range(steps):
+def step_times(backend: type[AttentionBackend], batch: RaggedBatch, steps: int) -> list[float]:
+    """Milliseconds per layer of each step, sorted, over a cache whose whole contexts have been written."""
+    num_blocks = batch.block_table.numel()
+    attention = backend([SMOLLM2] * LAYERS, num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+    fill = replace(
+        batch,
+        query_start=torch.arange(num_blocks + 1, dtype=torch.int32) * BLOCK_SIZE,
+        context_len=torch.full((num_blocks,), BLOCK_SIZE, dtype=torch.int32),
+        block_table=torch.arange(num_blocks, dtype=torch.int32)[:, None],
+        cache_slots=torch.arange(num_blocks * BLOCK_SIZE),
+    )
+
+    def step(of: RaggedBatch) -> float:
+        query, key, value = (
+            torch.randn(len(of.cache_slots), heads, dim)
+            for heads, dim in (
+                (SMOLLM2.query_heads, SMOLLM2.key_dim),
+                (SMOLLM2.kv_heads, SMOLLM2.key_dim),
+                (SMOLLM2.kv_heads, SMOLLM2.value_dim),
+            )
+        )
         start = time.perf_counter()
-        step()
-        times.append((time.perf_counter() - start) * 1e3 / LAYERS)
-    return sorted(times)
+        for layer in range(LAYERS):
+            attention.attend(layer, query, key, value, of, ATTRIBUTES)
+        return (time.perf_counter() - start) * 1e3 / LAYERS
+
+    step(fill)
+    step(batch)
+    return sorted(step(batch) for _ in range(steps))
 
 
 def measure(workload: Workload, steps: int) -> Timing:
     batch = random_batch(workload)
-    tokens = len(batch.cache_slots)
-    query = torch.randn(tokens, SMOLLM2.query_heads, SMOLLM2.key_dim)
-    key = torch.randn(tokens, SMOLLM2.kv_heads, SMOLLM2.key_dim)
-    value = torch.randn(tokens, SMOLLM2.kv_heads, SMOLLM2.value_dim)
-    times = {}
-    for backend in (CpuAttention, ReferenceAttention):
-        shape = ([SMOLLM2] * LAYERS, batch.block_table.numel(), BLOCK_SIZE, torch.float32, torch.device("cpu"))
-        attention = backend(*shape)
-        for cache in (attention.keys, attention.values) if backend is CpuAttention else (
-            attention.cache.keys, attention.cache.values
-        ):
-            for tensor in cache:
-                tensor.normal_()
+    cpu = step_times(CpuAttention, batch, steps)
+    reference = step_times(ReferenceAttention, batch, REFERENCE_STEPS)
+    dims = SMOLLM2.key_dim + SMOLLM2.value_dim
+    cache_bytes = workload.rows * workload.context_len * SMOLLM2.kv_heads * dims * torch.float32.itemsize
+    seen = sum(range(workload.context_len - workload.query_len + 1, workload.context_len + 1))
+    flop = 2 * workload.rows * seen * SMOLLM2.query_heads * dims
+    median = statistics.median(cpu)
+    return Timing(
+        workload=workload,
+        threads=torch.get_num_threads(),
+        cpu_best_ms=cpu[0],
+        cpu_median_ms=median,
+        reference_median_ms=statistics.median(reference),
+        cache_gb_per_s=cache_bytes / median / 1e6,
+        gflop_per_s=flop / median / 1e6,
+    )
 
-        def step(attention: CpuAttention | ReferenceAttention = attention) -> None:
-            for layer in range(LAYERS):
-                attention.attend(layer, query, key, value, batch, ATTRIBUTES)
 
-        times[backend] = step_times(step, steps if backend is CpuAttention else 2)
-    cpu = times[CpuAttention]
-    read = workload.rows * workload.context_len * AttentionBytes
-    return Timing(workload, torch.get_num_threads(), cpu[0], cpu[len(cpu) // 2], times[ReferenceAttention][0], read, 0)
+def table(timings: Sequence[Timing]) -> Table:
+    shown = Table(title=f"Paged attention, ms per layer, {timings[0].threads} threads")
+    for column in ("workload", "rows", "query", "context", "best", "median", "reference", "GB/s", "GFLOP/s"):
+        shown.add_column(column, justify="left" if column == "workload" else "right")
+    for timing in timings:
+        load = timing.workload
+        shown.add_row(
+            load.name,
+            *(str(count) for count in (load.rows, load.query_len, load.context_len)),
+            *(f"{ms:.3f}" for ms in (timing.cpu_best_ms, timing.cpu_median_ms, timing.reference_median_ms)),
+            *(f"{rate:.1f}" for rate in (timing.cache_gb_per_s, timing.gflop_per_s)),
+        )
+    return shown
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a table.")
+@click.option("--steps", default=20, show_default=True, help="Timed steps of the kernel per workload.")
+def main(as_json: bool, steps: int) -> None:
+    """Time the CPU attention kernel against the reference on SmolLM2-135M's shapes."""
+    timings = [measure(workload, steps) for workload in WORKLOADS]
+    if as_json:
+        print(json.dumps([asdict(timing) for timing in timings], indent=2))
+    else:
+        Console().print(table(timings))
+
+
+if __name__ == "__main__":
+    main()

@@ -273,10 +273,10 @@ class Link(aiomqtt.Client):
         super()._on_disconnect(client, userdata, flags, reason_code, properties)
 
     def _on_socket_register_write(self, client: Client, _userdata: Any, sock: Any) -> None:
-        """At once, not as aiomqtt does in the loop's next turn, when the socket may be closed or all be written already.
+        """At once, not in the loop's next turn as aiomqtt does: by then the socket may be closed, or all be written.
 
-        The latter would leave a writer that nobody removes and keep the loop spinning. Only for the CONNECT, which paho
-        queues from aiomqtt's thread, there is no other way.
+        The latter would leave a writer that nobody removes and keep the loop spinning. For the CONNECT alone, which
+        paho queues in aiomqtt's thread, there is no other way.
         """
         if threading.get_ident() == self._thread:
             self._loop.add_writer(sock, client.loop_write)
@@ -307,7 +307,7 @@ class Link(aiomqtt.Client):
 class _TidySocket(ssl.SSLSocket):
     """Closes itself when the handshake fails, which paho leaves to the garbage collector."""
 
-    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT002 (the signature of the base class)
+    def do_handshake(self, block: bool = False) -> None:
         try:
             super().do_handshake(block)
         except OSError:

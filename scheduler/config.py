@@ -26,7 +26,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Common to all sections: a misspelt setting is an error."""
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True):
     """What is served. ``alias`` is its name in topics; ``path`` a directory of safetensors, or the demo model's name."""
 
     alias: str = "smollm2"
@@ -38,7 +38,7 @@ class ModelConfig(Section):
     max_model_len: Count | None = None
 
 
-class EngineConfig(Section):
+class EngineConfig(Section, frozen=True):
     """Sizes of a step and of the KV cache (docs/decisions says why these)."""
 
     max_running: Count = 64
@@ -48,7 +48,7 @@ class EngineConfig(Section):
     kv_memory_mb: Count = 1024
 
 
-class BrokerConfig(Section):
+class BrokerConfig(Section, frozen=True):
     """``url``: ``embedded``, ``mqtt://host:1883`` or ``mqtts://host:8883``. The password is read from a file only."""
 
     url: str = EMBEDDED
@@ -60,7 +60,7 @@ class BrokerConfig(Section):
     session_expiry_s: Count = 7 * 24 * 3600
 
 
-class ServiceConfig(Section):
+class ServiceConfig(Section, frozen=True):
     """``replica`` names this process; chunks are coalesced over ``flush_ms``; bigger requests are refused."""
 
     replica: str = "main"
@@ -69,14 +69,14 @@ class ServiceConfig(Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class MetricsConfig(Section):
+class MetricsConfig(Section, frozen=True):
     """Where /metrics is served; port 0 takes a free one."""
 
     host: str = "127.0.0.1"
     port: Port = 9464
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """Everything that can be set, by section."""
 
     model: ModelConfig = ModelConfig()

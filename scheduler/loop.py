@@ -40,6 +40,7 @@ class StepReport:
     preemptions: int
     recomputed_tokens: int
     late_tokens: int
+    worker_restarts: int
     events: list[TokenEvent] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -56,11 +57,13 @@ class Engine:
         self._worker = Worker(config)
         self._work_came = asyncio.Event()
         self._failures = 0
-        self.worker_restarts = 0
+        self._worker_restarts = 0
+        self.worker_up = False
         self.reports: asyncio.Queue[StepReport] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
         await self._worker.__aenter__()
+        self.worker_up = True
         info = self._worker.info
         limits = Limits(self._config.max_running, self._config.max_batch_tokens, info.max_model_len)
         self.batcher = Batcher(limits, BlockPool(info.num_blocks, info.block_size))
@@ -130,6 +133,7 @@ class Engine:
         return culprits
 
     async def _restart_worker(self) -> None:
+        self.worker_up = False
         while True:
             await self._worker.__aexit__(None, None, None)
             await asyncio.sleep(_RESTART_PAUSE_S)
@@ -139,7 +143,8 @@ class Engine:
             except WorkerDied as error:
                 logger.error("the worker died while starting: %s", error)
                 continue
-            self.worker_restarts += 1
+            self._worker_restarts += 1
+            self.worker_up = True
             logger.warning("the worker is back as process %d", self._worker.pid)
             return
 
@@ -169,6 +174,7 @@ class Engine:
                 preemptions=batcher.counters.preemptions,
                 recomputed_tokens=batcher.counters.recomputed_tokens,
                 late_tokens=batcher.counters.late_tokens,
+                worker_restarts=self._worker_restarts,
                 events=events,
                 failed=failed,
             )

@@ -68,6 +68,7 @@ async def running(config: Config) -> AsyncIterator[Service]:
                 ("ingress", ingress.run()),
             )
         ]
+        metrics.worker_up.set_function(lambda: engine.worker_up)
         await _publish_status(config, transport, engine, "online")
         logger.info("serving %s at %s, metrics at %s", config.model.alias, broker_url, metrics_url)
         try:
@@ -75,7 +76,8 @@ async def running(config: Config) -> AsyncIterator[Service]:
         finally:
             for loop in loops:
                 loop.cancel()
-            egress.fail_all(ServiceError("unavailable", "the service is stopping; send the request again"))
+            stopping = ServiceError("unavailable", "the service is stopping; send the request again")
+            await egress.close(stopping, _GOODBYE_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_GOODBYE_S):
                     await _publish_status(config, transport, engine, "offline")

@@ -76,7 +76,8 @@ class Worker:
         except (asyncio.IncompleteReadError, ConnectionError):
             code = await self._process.wait()
             raise WorkerDied(f"the worker process ended with status {code}") from None
-        return plan.decode_reply(body)
+        reply: Reply = plan.decode_reply(body)
+        return reply
 
     async def _stop(self) -> None:
         """Closing its stdin asks it to leave; it is killed when it doesn't."""

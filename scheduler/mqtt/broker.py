@@ -71,6 +71,7 @@ class EmbeddedBroker:
 
     async def start(self) -> None:
         """Start it and wait until it answers a CONNECT."""
+        _check_free(self.port)
         program, environment = await find_mosquitto(_cache_dir())
         self._data_dir.mkdir(parents=True, exist_ok=True)
         config = self._data_dir / "mosquitto.conf"
@@ -238,6 +239,16 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
+
+
+def _check_free(port: int) -> None:
+    """Else whoever has the port would answer us in our child's place. Raises BrokerFailed."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise BrokerFailed(f"the embedded broker can't have port {port}: {error.strerror}") from None
 
 
 def _cache_dir() -> Path:

@@ -16,7 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 class Egress:
-    """Holds every accepted request until its terminal message is on its way. ``tasks`` runs the publishes that wait."""
+    """Holds every accepted request until its terminal message is on its way.
+
+    ``tasks`` runs the publishes that wait for the broker's acknowledgement.
+    """
 
     def __init__(
         self, transport: Transport, engine: Engine, metrics: Metrics, tasks: asyncio.TaskGroup, flush_s: float
@@ -26,6 +29,7 @@ class Egress:
         self._metrics = metrics
         self._tasks = tasks
         self._flush_s = flush_s
+        self._deliveries: set[asyncio.Task[None]] = set()
         self._generations: dict[str, Generation] = {}
         self._dirty: set[str] = set()
         self._text_came = asyncio.Event()
@@ -61,11 +65,15 @@ class Egress:
         self._end(id, Cancelled(generation.request_id, generation.completion_tokens), "cancelled")
         return True
 
-    def fail_all(self, error: ServiceError) -> None:
-        """End everything that runs, because the service itself ends."""
+    async def close(self, error: ServiceError, within_s: float) -> None:
+        """End everything that runs, because the service itself ends; what the broker doesn't take in time is dropped."""
         for id in list(self._generations):
             self._engine.end(id)
             self._fail(id, error)
+        if self._deliveries:
+            _, late = await asyncio.wait(self._deliveries, timeout=within_s)
+            for delivery in late:
+                delivery.cancel()
 
     async def run(self) -> None:
         """Turn reports into text, for ever."""
@@ -147,7 +155,9 @@ class Egress:
         self._send(generation.topic, reply, generation.correlation)
 
     def _send(self, topic: str, reply: Reply, correlation: bytes | None) -> None:
-        self._tasks.create_task(self._deliver(topic, reply, correlation), name=f"publish to {topic}")
+        delivery = self._tasks.create_task(self._deliver(topic, reply, correlation), name=f"publish to {topic}")
+        self._deliveries.add(delivery)
+        delivery.add_done_callback(self._deliveries.discard)
 
     async def _deliver(self, topic: str, reply: Reply, correlation: bytes | None) -> None:
         try:

@@ -357,10 +357,9 @@ async def test_qos_0_never_answers_for_a_qos_1_under_the_same_identifier(
 
 async def test_tls_trusts_the_given_authority_only(tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    await run(
-        *"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost".split(),
-        *f"-addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {certificate}".split(),
-    )
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    await run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, *files)
     port = EmbeddedBroker(data_dir=tmp_path).port
     settings = [f"listener {port} 127.0.0.1", f"certfile {certificate}", f"keyfile {key}", "max_packet_size 4000000"]
     async with EmbeddedBroker(data_dir=tmp_path / "broker", settings=settings):

@@ -63,10 +63,8 @@ class CpuAttention(AttentionBackend):
         device: torch.device,
     ) -> None:
         super().__init__(layers, num_blocks, block_size, dtype, device)
-        # A bound function is all ctypes has to look up per call; the library lives as long as the process.
         self._kernel = _library(layers, block_size).paged_attention
-        self._kernel.argtypes = (c_void_p, c_void_p, c_void_p)
-        self._kernel.restype = None
+        self._kernel.argtypes, self._kernel.restype = (c_void_p, c_void_p, c_void_p), None
         self.cache = [torch.empty(num_blocks, s.kv_heads, (s.key_dim + s.value_dim) * block_size) for s in layers]
         self._layers = [
             _Layer(cache.data_ptr(), s.query_heads, s.kv_heads, s.key_dim, s.value_dim, block_size)

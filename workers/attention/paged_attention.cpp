@@ -20,9 +20,6 @@
 #include <vector>
 
 #include <omp.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 extern "C" {
 
