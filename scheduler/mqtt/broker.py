@@ -191,10 +191,9 @@ async def _fetch(cache_dir: Path) -> None:
     logger.info("Mosquitto wasn't found; fetching its Debian packages into %s", cache_dir)
     packages = cache_dir / "packages"
     packages.mkdir(parents=True, exist_ok=True)
-    # Each line is: 'URI' file_name size checksum; a file's name begins with the package's. Libraries that are installed
-    # already aren't listed, and the names, which differ between releases, needn't be known here.
-    listed = await _run(packages, "apt-get", "install", "--print-uris", "-qq", "--no-install-recommends", "mosquitto")
-    names = [line.split()[1].split("_")[0] for line in listed.splitlines() if line.startswith("'")]
+    # What an installation would bring: only what this machine lacks, under the names of its own release.
+    planned = await _run(packages, "apt-get", "install", "--simulate", "--no-install-recommends", "mosquitto")
+    names = [line.split()[1] for line in planned.splitlines() if line.startswith("Inst ")]
     await _run(packages, "apt-get", "download", *names)
     unpacked = cache_dir / "unpacking"
     for package in sorted(packages.glob("*.deb")):

@@ -136,7 +136,7 @@ INSTALLED = shutil.which("mosquitto", path=os.pathsep.join([os.environ["PATH"], 
 APT_GET = """#!/bin/sh
 # A package source of one package, in apt-get's own form.
 case "$1" in
-install) echo "'http://deb.example/pool/mosquitto_2_any.deb' mosquitto_2_any.deb 1 SHA256:0" ;;
+install) echo "Reading package lists..."; echo "Inst mosquitto (2 Debian:12/stable [all])"; echo "Conf mosquitto (2)" ;;
 download) test "$2" = mosquitto && /bin/cp {package} mosquitto_2_any.deb ;;
 esac
 """

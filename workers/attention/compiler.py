@@ -15,7 +15,18 @@ from functools import cache
 from pathlib import Path
 
 COMPILERS = ("g++", "c++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    # Every multiply-add is fused: GCC's tuning for some CPUs unfuses those that form a single chain, and the same sum
+    # would then round differently in one instance of a template than in another.
+    "-ffp-contract=fast",
+    "--param=avoid-fma-max-bits=0",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
 COMPILE_TIMEOUT_S = 120
 
 logger = logging.getLogger(__name__)

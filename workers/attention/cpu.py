@@ -46,7 +46,7 @@ class _Call(ctypes.Structure):
 
 
 class CpuAttention(AttentionBackend):
-    """Per layer one cache tensor, [num_blocks, kv_heads, (key_dim + value_dim) * block_size]; the kernel says what is in it.
+    """One cache tensor per layer, [num_blocks, kv_heads, (key_dim + value_dim) * block_size], laid out by the kernel.
 
     A query's output is the same bits whatever else is in the batch and however its prompt was cut into chunks.
     Raises CompileError when the kernel cannot be compiled.
@@ -140,7 +140,9 @@ class CpuAttention(AttentionBackend):
         if (
             (len(query_start), len(context_len)) != (rows + 1, rows)
             or (int(query_start[0]), int(query_start[-1])) != (0, tokens)
-            or bool((lengths < 0).any() | (lengths > context_len).any() | (context_len > max_blocks * self.block_size).any())
+            or bool(
+                (lengths < 0).any() | (lengths > context_len).any() | (context_len > max_blocks * self.block_size).any()
+            )
             or not _within(block_table, self.num_blocks)
             or not _within(cache_slots, self.num_blocks * self.block_size)
         ):
@@ -171,4 +173,4 @@ def _within(indices: Tensor, end: int) -> bool:
     if not indices.numel():
         return True
     low, high = indices.aminmax()
-    return 0 <= int(low) and int(high) < end
+    return int(low) >= 0 and int(high) < end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -67,25 +68,26 @@ class CudaAttention(AttentionBackend):
         self.cache.write(layer, key, value, batch.cache_slots)
         shape = self.layers[layer]
         window = attributes.sliding_window
-        output = varlen_attn(
-            query,
-            self.cache.keys[layer],
-            self.cache.values[layer],
-            batch.query_start,
-            self._key_start,
-            batch.max_query_len,
-            batch.max_context_len,
-            scale=attributes.scaling,
-            # (-1, 0) is plain causal; a window counts the keys to the left of the query, without its own.
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=shape.query_heads != shape.kv_heads,
-            seqused_k=batch.context_len,
-            block_table=batch.block_table,
-            # One split sums each row in the same order whoever shares the batch.
-            num_splits=1,
+        return cast(
+            Tensor,
+            varlen_attn(
+                query,
+                self.cache.keys[layer],
+                self.cache.values[layer],
+                batch.query_start,
+                self._key_start,
+                batch.max_query_len,
+                batch.max_context_len,
+                scale=attributes.scaling,
+                # (-1, 0) is plain causal; a window counts the keys to the left of the query, without its own.
+                window_size=(-1 if window is None else window - 1, 0),
+                enable_gqa=shape.query_heads != shape.kv_heads,
+                seqused_k=batch.context_len,
+                block_table=batch.block_table,
+                # One split sums each row in the same order whoever shares the batch.
+                num_splits=1,
+            ),
         )
-        assert isinstance(output, Tensor)
-        return output
 
 
 def _unsupported_attributes(attributes: Attributes) -> str | None:

@@ -134,7 +134,7 @@ F exp2(F x) {
     p = p * f + 2.402264791363012e-1f;
     p = p * f + 6.931472028550421e-1f;
     p = p * f + 1.0f;
-    return (F)(((I)p + ((I)shifted << 23)) & (x >= splat(-126.0f)));
+    return (F)(((I)p + ((I)shifted << 23)));
 }
 
 float exp2(float x) { return exp2(splat(x))[0]; }

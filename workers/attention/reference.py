@@ -53,7 +53,7 @@ class ReferenceAttention(AttentionBackend):
     def _attend_row(
         self, layer: int, query: Tensor, block_table: Tensor, context_len: int, attributes: Attributes
     ) -> Tensor:
-        """query: [L, query_heads, key_dim], the last L positions of the context; returns [L, query_heads, value_dim]."""
+        """query: [L, query_heads, key_dim], the context's last L positions; returns [L, query_heads, value_dim]."""
         length, query_heads, _ = query.shape
         window = attributes.sliding_window or context_len
         query_positions = torch.arange(context_len - length, context_len, device=query.device)

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.attention.base import AttentionBackend, Attributes, LayerShape, RaggedBatch
+from workers.attention.cpu import CpuAttention
+from workers.attention.cuda import CudaAttention
+from workers.attention.reference import ReferenceAttention
 
 CPU = torch.device("cpu")
 
@@ -57,7 +60,7 @@ class Sequences:
         counts = [math.ceil(length / self.history.block_size) for length in self.history.lengths]
         self.table = list(blocks[: sum(counts)].split(counts))
 
-    def batch(self, starts: list[int], ends: list[int], rows: list[int]) -> RaggedBatch:
+    def batch(self, starts: list[int], ends: list[int], rows: list[int], device: torch.device = CPU) -> RaggedBatch:
         """The batch that computes positions starts[row] to ends[row] of each of `rows`."""
         size = self.history.block_size
         lengths = [ends[row] - starts[row] for row in rows]
@@ -69,25 +72,20 @@ class Sequences:
             positions = torch.arange(starts[row], ends[row])
             slots.append(self.table[row][positions // size].long() * size + positions % size)
         return RaggedBatch(
-            query_start=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-            context_len=torch.tensor([ends[row] for row in rows], dtype=torch.int32),
-            block_table=table,
-            cache_slots=torch.cat(slots),
+            query_start=torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32),
+            context_len=torch.tensor([ends[row] for row in rows], dtype=torch.int32, device=device),
+            block_table=table.to(device),
+            cache_slots=torch.cat(slots).to(device),
             max_query_len=max(lengths),
             max_context_len=max(ends[row] for row in rows),
         )
 
     def attend(self, backend: AttentionBackend, starts: list[int], ends: list[int], rows: list[int]) -> list[Tensor]:
         """One step through layer 0; the outputs of each of `rows`."""
-        batch = self.batch(starts, ends, rows)
+        batch = self.batch(starts, ends, rows, backend.device)
         query, key, value = (
             torch.cat([whole[row][starts[row] : ends[row]] for row in rows]).to(backend.device, backend.dtype)
             for whole in (self.query, self.key, self.value)
-        )
-        batch = RaggedBatch(
-            *(getattr(batch, name).to(backend.device) for name in RaggedBatch.__slots__[:4]),
-            batch.max_query_len,
-            batch.max_context_len,
         )
         output = backend.attend(0, query, key, value, batch, self.history.attributes)
         return list(output.split([ends[row] - starts[row] for row in rows]))
@@ -106,14 +104,19 @@ class Sequences:
         return [torch.cat(output) for output in outputs]
 
 
+def cache_tensors(backend: AttentionBackend) -> list[Tensor]:
+    """Everything a backend keeps between steps; dimension 0 is the block."""
+    if isinstance(backend, CpuAttention):
+        return backend.cache
+    assert isinstance(backend, (ReferenceAttention, CudaAttention))
+    return [*backend.cache.keys, *backend.cache.values]
+
+
 def fresh(backend: type[AttentionBackend], history: History) -> AttentionBackend:
-    """A backend whose whole cache is NaN, so that a slot read before it is written shows."""
+    """A float32 CPU backend whose whole cache is NaN, so that a slot read before it is written shows."""
     made = backend([history.shape], history.num_blocks, history.block_size, torch.float32, CPU)
-    for held in (made, getattr(made, "cache", None)):
-        for tensors in vars(held).values() if hasattr(held, "__dict__") else [held]:
-            for tensor in tensors if isinstance(tensors, list) else []:
-                if isinstance(tensor, Tensor):
-                    tensor.fill_(torch.nan)
+    for tensor in cache_tensors(made):
+        tensor.fill_(torch.nan)
     return made
 
 
@@ -135,7 +138,7 @@ def histories(draw: st.DrawFn) -> History:
     seed = draw(st.integers(0, 2**31))
     sinks = torch.randn(shape.query_heads, generator=torch.Generator().manual_seed(seed)) * 3
     attributes = Attributes(
-        scaling=draw(st.floats(0.05, 1.0)),
+        scaling=draw(st.floats(0.25, 2.0)) * shape.key_dim**-0.5,
         sliding_window=draw(st.none() | st.integers(1, 100)),
         softcap=draw(st.none() | st.floats(1.0, 60.0)),
         sinks=draw(st.sampled_from([None, sinks])),

@@ -1,0 +1,153 @@
+"""What the batching policy promises, case by case; test_histories.py holds it under random histories."""
+
+import pytest
+
+from scheduler.core.batcher import Batcher, CapacityError, Limits
+from scheduler.core.blocks import BlockPool, OutOfBlocks
+from scheduler.core.sequence import Sequence, State
+
+EOS = 2
+
+
+def make(*, running: int = 4, budget: int = 16, blocks: int = 32, size: int = 4, longest: int = 128) -> Batcher:
+    return Batcher(Limits(running, budget, longest), BlockPool(blocks, size))
+
+
+def sequence(id: str, prompt: int, max_tokens: int = 8) -> Sequence:
+    return Sequence(id, list(range(10, 10 + prompt)), max_tokens=max_tokens, stop_ids=frozenset({EOS}))
+
+
+def step(batcher: Batcher, token: int = 7):
+    plan = batcher.plan()
+    assert plan is not None
+    return plan, batcher.apply(plan.step, [token for row in plan.rows if row.sample])
+
+
+def test_prompts_and_decodes_share_one_budget_and_decodes_come_first():
+    batcher = make(budget=8)
+    batcher.submit(sequence("a", 6))
+    step(batcher)
+    batcher.submit(sequence("b", 20))
+    plan, _ = step(batcher)
+    assert [(row.length, bool(row.tokens)) for row in plan.rows] == [(1, False), (7, True)]
+
+
+def test_long_prompt_is_cut_into_chunks_and_samples_only_at_its_end():
+    batcher = make(budget=8)
+    batcher.submit(sequence("a", 20))
+    chunks = [step(batcher)[0].rows[0] for _ in range(3)]
+    assert [(chunk.start, chunk.length, chunk.sample) for chunk in chunks] == [(0, 8, False), (8, 8, False), (16, 4, True)]
+    assert sum((chunk.tokens for chunk in chunks), []) == list(range(10, 30))
+
+
+def test_eos_frees_blocks_and_slot_in_that_iteration_and_a_waiting_one_is_in_the_next_step():
+    batcher = make(running=1, budget=8, blocks=4)
+    batcher.submit(sequence("a", 5))
+    batcher.submit(sequence("b", 5))
+    step(batcher)
+    assert batcher.num_waiting == 1
+    plan = batcher.plan()
+    (event,) = batcher.apply(plan.step, [EOS])
+    assert (event.id, event.finish) == ("a", "stop")
+    assert batcher.pool.num_free == batcher.pool.num_blocks
+    following, _ = step(batcher)
+    assert batcher.row_ids(following) == ["b"]
+    assert following.admissions[0].slot == following.rows[0].slot == plan.rows[0].slot
+
+
+def test_length_ends_after_max_tokens():
+    batcher = make()
+    batcher.submit(sequence("a", 3, max_tokens=2))
+    assert step(batcher)[1][0].finish is None
+    assert step(batcher)[1][0].finish == "length"
+    assert batcher.plan() is None
+    assert "a" not in batcher
+
+
+def test_youngest_is_preempted_when_blocks_run_out_and_goes_on_later_with_all_its_tokens():
+    batcher = make(blocks=4, size=4, longest=16)
+    old, young = sequence("old", 7, 9), sequence("young", 4, 8)
+    batcher.submit(old)
+    batcher.submit(young)
+    while not batcher.counters.preemptions:
+        step(batcher)
+    assert young.state is State.WAITING
+    assert young.blocks == []
+    kept = list(young.tokens)
+    while old.state is not State.ENDED:
+        step(batcher)
+    plan, _ = step(batcher)
+    assert batcher.row_ids(plan) == ["young"]
+    assert plan.rows[0].tokens == kept
+    assert old.output == [7] * 9
+
+
+def test_late_token_of_a_step_planned_ahead_is_dropped_and_counted():
+    batcher = make()
+    batcher.submit(sequence("a", 3))
+    first = batcher.plan()
+    ahead = batcher.plan()
+    assert ahead.rows[0].tokens == []
+    assert batcher.apply(first.step, [EOS])[0].finish == "stop"
+    assert batcher.apply(ahead.step, [9]) == []
+    assert batcher.counters.late_tokens == 1
+
+
+def test_cancel_frees_at_once_in_every_state():
+    batcher = make(running=1)
+    for id in ("running", "waiting"):
+        batcher.submit(sequence(id, 5))
+    step(batcher)
+    assert batcher.end("waiting").state is State.ENDED
+    assert batcher.end("running").output == [7]
+    assert batcher.end("running") is None
+    assert len(batcher) == 0
+    assert batcher.pool.num_free == batcher.pool.num_blocks
+
+
+def test_restart_computes_everything_again():
+    batcher = make()
+    batcher.submit(sequence("a", 3))
+    batcher.submit(sequence("b", 3))
+    step(batcher)
+    lost = batcher.plan()
+    batcher.restart()
+    again = batcher.plan()
+    assert batcher.row_ids(again) == ["a", "b"]
+    assert [row.tokens for row in again.rows] == [[10, 11, 12, 7]] * 2
+    with pytest.raises(ValueError, match=f"result of step {lost.step}"):
+        batcher.apply(lost.step, [1, 1])
+
+
+def test_refuses_what_could_never_finish():
+    batcher = make(blocks=2, size=4)
+    with pytest.raises(CapacityError, match="8 is the most"):
+        batcher.submit(sequence("a", 5, 4))
+    batcher.submit(sequence("a", 4, 4))
+    with pytest.raises(ValueError, match="here already"):
+        batcher.submit(sequence("a", 4, 4))
+
+
+def test_results_out_of_turn_are_refused():
+    batcher = make()
+    batcher.submit(sequence("a", 3))
+    plan = batcher.plan()
+    for step_number, tokens in ((plan.step + 1, [1]), (plan.step, []), (plan.step, [1, 2])):
+        with pytest.raises(ValueError, match="was due"):
+            batcher.apply(step_number, tokens)
+
+
+def test_limits_leave_no_decode_out():
+    with pytest.raises(ValueError, match="at least max_running"):
+        Limits(8, 4, 100)
+
+
+def test_pool_never_hands_out_twice_nor_takes_back_twice():
+    pool = BlockPool(3, 4)
+    taken = pool.allocate(2)
+    with pytest.raises(OutOfBlocks):
+        pool.allocate(2)
+    pool.free(taken)
+    with pytest.raises(ValueError, match="free already"):
+        pool.free(taken[:1])
+    assert sorted(pool.allocate(3)) == [0, 1, 2]

@@ -1,0 +1,167 @@
+"""Invariants of the batcher after every step of random histories: arrivals, cancels, crashes, tiny pools, steps planned ahead."""
+
+from collections import deque
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from protocol.plan import StepPlan
+from scheduler.core.batcher import Batcher, Limits
+from scheduler.core.blocks import BlockPool
+from scheduler.core.sequence import Sequence, State
+
+EOS = 1
+
+
+class Worker:
+    """What a worker knows of each slot, and what it may rightly be told. KV is a list of the token at every position."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.tables: dict[int, list[int]] = {}
+        self.kv: dict[int, list[int]] = {}
+        self.last: dict[int, int] = {}
+
+    def run(self, plan: StepPlan, sample) -> list[int]:
+        for admission in plan.admissions:
+            self.tables[admission.slot], self.kv[admission.slot] = [], []
+            self.last.pop(admission.slot, None)
+        tokens = []
+        for row in plan.rows:
+            table, kv = self.tables[row.slot], self.kv[row.slot]
+            table += row.new_blocks
+            assert row.start == len(kv), "no position is computed twice or left out"
+            kv += row.tokens or [self.last[row.slot]]
+            assert len(kv) == row.start + row.length
+            assert -(-len(kv) // self.block_size) <= len(table), "every position has a block"
+            if row.sample:
+                self.last[row.slot] = sample(kv)
+                tokens.append(self.last[row.slot])
+        return tokens
+
+
+class Histories(RuleBasedStateMachine):
+    @initialize(
+        running=st.integers(1, 5),
+        extra_budget=st.integers(0, 12),
+        blocks=st.integers(3, 14),
+        size=st.integers(1, 4),
+        ahead=st.integers(1, 2),
+    )
+    def start(self, running, extra_budget, blocks, size, ahead):
+        self.batcher = Batcher(Limits(running, running + extra_budget, 40), BlockPool(blocks, size))
+        self.room = min(40, blocks * size)
+        self.ahead = ahead
+        self.worker = Worker(size)
+        self.in_flight = deque()
+        self.sequences: dict[str, Sequence] = {}
+        self.emitted: dict[str, list[int]] = {}
+        self.ended: set[str] = set()
+
+    def sample(self, kv: list[int]) -> int:
+        """A token that depends on the whole history, as a model's would; sometimes EOS."""
+        return hash(tuple(kv)) % 17
+
+    @rule(prompt=st.integers(1, 12), max_tokens=st.integers(1, 10))
+    def submit(self, prompt, max_tokens):
+        prompt = min(prompt, self.room - 1)
+        max_tokens = min(max_tokens, self.room - prompt)
+        if prompt < 1 or max_tokens < 1:
+            return
+        id = f"s{len(self.sequences)}"
+        tokens = [100 + len(self.sequences) * 50 + index for index in range(prompt)]
+        sequence = Sequence(id, tokens, max_tokens=max_tokens, stop_ids=frozenset({EOS}))
+        self.sequences[id] = sequence
+        self.emitted[id] = []
+        self.batcher.submit(sequence)
+
+    @rule()
+    def plan(self):
+        if len(self.in_flight) >= self.ahead:
+            return
+        plan = self.batcher.plan()
+        if plan is None:
+            return
+        limits = self.batcher.limits
+        assert 0 < sum(row.length for row in plan.rows) <= limits.max_batch_tokens
+        slots = [row.slot for row in plan.rows]
+        assert len(set(slots)) == len(slots) <= limits.max_running
+        chunks = [len(row.tokens) > 1 or (bool(row.tokens) and row.start == 0) for row in plan.rows]
+        assert chunks == sorted(chunks), "decodes come first"
+        # The device runs steps in order, so what it samples is known here; the batcher hears of it later.
+        self.in_flight.append((plan, self.worker.run(plan, self.sample)))
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def apply(self):
+        plan, tokens = self.in_flight.popleft()
+        free = self.batcher.pool.num_free
+        events = self.batcher.apply(plan.step, tokens)
+        for event in events:
+            assert event.id not in self.ended
+            self.emitted[event.id].append(event.token)
+            if event.finish:
+                self.ended.add(event.id)
+                assert self.sequences[event.id].blocks == []
+        finished_running = [event for event in events if event.finish]
+        assert self.batcher.pool.num_free >= free
+        if finished_running and self.ahead == 1:
+            assert self.batcher.pool.num_free > free, "an ended sequence frees its blocks in that iteration"
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def cancel(self, data):
+        id = data.draw(st.sampled_from(sorted(self.sequences)))
+        ended = self.batcher.end(id)
+        assert (ended is None) == (id in self.ended)
+        self.ended.add(id)
+
+    @rule()
+    def crash(self):
+        self.in_flight.clear()
+        self.worker = Worker(self.batcher.pool.block_size)
+        self.batcher.restart()
+        assert self.batcher.pool.num_free == self.batcher.pool.num_blocks
+
+    @invariant()
+    def blocks_are_conserved_and_owned_once(self):
+        if not hasattr(self, "batcher"):
+            return
+        owned = [block for sequence in self.batcher.running for block in sequence.blocks]
+        assert len(owned) == len(set(owned))
+        assert len(owned) + self.batcher.pool.num_free == self.batcher.pool.num_blocks
+        for sequence in self.sequences.values():
+            if sequence.state is not State.RUNNING:
+                assert sequence.blocks == []
+                assert sequence.slot == -1
+
+    @invariant()
+    def every_text_is_what_it_would_be_alone(self):
+        if not hasattr(self, "batcher"):
+            return
+        for id, sequence in self.sequences.items():
+            kv = sequence.tokens[: sequence.prompt_len]
+            for token in self.emitted[id]:
+                assert token == self.sample(kv)
+                kv.append(token)
+            assert sequence.output == self.emitted[id]
+
+    def teardown(self):
+        """Whatever happened, everything left ends within the steps its tokens need."""
+        if not hasattr(self, "batcher"):
+            return
+        while self.in_flight:
+            self.apply()
+        work = sum(len(sequence.tokens) + sequence.max_tokens for sequence in self.sequences.values())
+        for _ in range(20 * work + 20):
+            if not len(self.batcher):
+                break
+            self.plan()
+            self.apply()
+        assert not len(self.batcher), "no history may end in a standstill"
+        assert self.ended == set(self.sequences)
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
