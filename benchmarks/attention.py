@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import click
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -128,9 +129,9 @@ def measure(workload: Workload, steps: int) -> Timing:
 
 
 def table(timings: Sequence[Timing]) -> Table:
-    shown = Table(title=f"Paged attention, ms per layer, {timings[0].threads} threads")
-    for column in ("workload", "rows", "query", "context", "best", "median", "reference", "GB/s", "GFLOP/s"):
-        shown.add_column(column, justify="left" if column == "workload" else "right")
+    shown = Table(title=f"Paged attention, ms per layer, {timings[0].threads} threads", box=box.SIMPLE)
+    for column in ("load", "rows", "query", "context", "best", "median", "torch", "GB/s", "GFLOP/s"):
+        shown.add_column(column, justify="left" if column == "load" else "right")
     for timing in timings:
         load = timing.workload
         shown.add_row(

@@ -9,19 +9,24 @@ it. A plan sends only what changed.
 """
 
 import struct
+from typing import Literal
 
 import msgspec
 
 _LENGTH = struct.Struct(">I")
 
 
+AttentionName = Literal["auto", "reference", "cpu", "cuda"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
 class WorkerConfig(msgspec.Struct, frozen=True):
     """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold."""
 
     model: str
-    dtype: str
+    dtype: DtypeName
     device: str
-    attention: str
+    attention: AttentionName
     threads: int | None
     block_size: int
     num_blocks: int | None

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from protocol import topics
-from protocol.plan import WorkerConfig
+from protocol.plan import AttentionName, DtypeName, WorkerConfig
 
 ENV_PREFIX = "TOKENBUS_"
 EMBEDDED = "embedded"
@@ -31,9 +31,9 @@ class ModelConfig(Section, frozen=True):
 
     alias: str = "smollm2"
     path: str = "smollm2"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: DtypeName = "auto"
     device: str = "auto"
-    attention: Literal["auto", "reference", "cpu", "cuda"] = "auto"
+    attention: AttentionName = "auto"
     threads: Count | None = None
     max_model_len: Count | None = None
 
@@ -103,7 +103,9 @@ class Config(Section, frozen=True):
         )
 
 
-def load(file: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, str] | None = None) -> Config:
+def load(
+    file: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, str] | None = None
+) -> Config:
     """Merge the sources; ``flags`` are ``{"engine.max_running": "32"}``. Raises ConfigError."""
     merged: dict[str, dict[str, Any]] = {}
     for section, values in _read(file).items():

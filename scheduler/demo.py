@@ -1,4 +1,4 @@
-"""The main job on embedded defaults: three tenants chat at once over a real broker, and the service's own metrics say how it went."""
+"""The main job on embedded defaults: three tenants chat at once over a real broker; /metrics says how it went."""
 
 import asyncio
 import time
@@ -49,7 +49,9 @@ async def run(config: Config, console: Console, *, as_json: bool) -> None:
             begun = time.monotonic()
             async with asyncio.TaskGroup() as tasks:
                 tenants = [
-                    tasks.create_task(_tenant(running.broker_url, config.model.alias, name, questions, console), name=name)
+                    tasks.create_task(
+                        _tenant(running.broker_url, config.model.alias, name, questions, console), name=name
+                    )
                     for name, questions in _QUESTIONS.items()
                 ]
             seconds = time.monotonic() - begun
@@ -62,9 +64,11 @@ async def run(config: Config, console: Console, *, as_json: bool) -> None:
 
 
 async def _tenant(url: str, model: str, name: str, questions: tuple[str, ...], console: Console) -> list[Result]:
-    async with Client(url, tenant=name) as client:
-        async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(_ask(client, model, question, console), name=question) for question in questions]
+    async with Client(url, tenant=name) as client, asyncio.TaskGroup() as tasks:
+        asked = [
+            tasks.create_task(_ask(client, model, question, console), name=f"{name} {number}")
+            for number, question in enumerate(questions)
+        ]
     return [task.result() for task in asked]
 
 

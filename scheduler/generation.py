@@ -67,7 +67,15 @@ class Generation:
 
     @classmethod
     def of(
-        cls, sequence: Sequence, request: Request, text: Text, *, at: float, model: str, topic: str, correlation: bytes | None
+        cls,
+        sequence: Sequence,
+        request: Request,
+        text: Text,
+        *,
+        at: float,
+        model: str,
+        topic: str,
+        correlation: bytes | None,
     ) -> "Generation":
         """The generation of a sequence whose id is ``tenant/request_id``."""
         tenant, request_id = sequence.id.split("/")

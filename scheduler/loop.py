@@ -57,7 +57,7 @@ class Engine:
         self._worker = Worker(config)
         self._work_came = asyncio.Event()
         self._failures = 0
-        self._worker_restarts = 0
+        self.worker_restarts = 0
         self.worker_up = False
         self.reports: asyncio.Queue[StepReport] = asyncio.Queue()
 
@@ -143,7 +143,7 @@ class Engine:
             except WorkerDied as error:
                 logger.error("the worker died while starting: %s", error)
                 continue
-            self._worker_restarts += 1
+            self.worker_restarts += 1
             self.worker_up = True
             logger.warning("the worker is back as process %d", self._worker.pid)
             return
@@ -174,7 +174,7 @@ class Engine:
                 preemptions=batcher.counters.preemptions,
                 recomputed_tokens=batcher.counters.recomputed_tokens,
                 late_tokens=batcher.counters.late_tokens,
-                worker_restarts=self._worker_restarts,
+                worker_restarts=self.worker_restarts,
                 events=events,
                 failed=failed,
             )

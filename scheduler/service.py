@@ -107,9 +107,7 @@ def _serve_metrics(config: Config, metrics: Metrics, stack: contextlib.AsyncExit
 def _transport(config: Config, broker_url: str) -> Transport:
     broker, replica = config.broker, config.service.replica
     password = None if broker.password_file is None else Path(broker.password_file).read_text().strip()
-    address = BrokerAddress.parse(
-        broker_url, username=broker.username, password=password, ca_file=broker.ca_file
-    )
+    address = BrokerAddress.parse(broker_url, username=broker.username, password=password, ca_file=broker.ca_file)
     offline = Will(topics.status(replica), replies.encode(replies.Status("offline")), retain=True)
     return Transport(
         address,
@@ -123,7 +121,5 @@ def _transport(config: Config, broker_url: str) -> Transport:
 async def _publish_status(config: Config, transport: Transport, engine: Engine, status: str) -> None:
     body = replies.Status("offline")
     if status == "online":
-        body = replies.Status(
-            "online", config.model.alias, engine.info.max_model_len, config.engine.max_running
-        )
+        body = replies.Status("online", config.model.alias, engine.info.max_model_len, config.engine.max_running)
     await transport.publish(topics.status(config.service.replica), replies.encode(body), retain=True)

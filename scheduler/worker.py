@@ -36,15 +36,10 @@ class Worker:
         )
         try:
             self._send(self._config)
-            answer = await self._receive()
-            if isinstance(answer, plan.StartFailure):
-                raise WorkerRefused(answer.error)
-            if not isinstance(answer, WorkerInfo):
-                raise WorkerDied(f"the worker answered {type(answer).__name__} before it was ready")
+            self.info = _ready(await self._receive())
         except BaseException:
             await self._stop()
             raise
-        self.info = answer
         return self
 
     async def __aexit__(
@@ -89,3 +84,11 @@ class Worker:
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
+
+
+def _ready(answer: Reply) -> WorkerInfo:
+    if isinstance(answer, plan.StartFailure):
+        raise WorkerRefused(answer.error)
+    if not isinstance(answer, WorkerInfo):
+        raise WorkerDied(f"the worker answered {type(answer).__name__} before it was ready")
+    return answer

@@ -1,11 +1,14 @@
-"""Fixtures: a real Mosquitto, and connections to it."""
+"""A real Mosquitto for a test, and what tests do with it."""
 
+import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from protocol.transport import BrokerAddress
+from protocol.transport import BrokerAddress, Incoming, Transport
 from scheduler.mqtt.broker import EmbeddedBroker
 
 
@@ -18,3 +21,13 @@ async def broker(tmp_path: Path) -> AsyncIterator[EmbeddedBroker]:
 @pytest.fixture
 def address(broker: EmbeddedBroker) -> BrokerAddress:
     return BrokerAddress.parse(broker.url)
+
+
+async def receive(transport: Transport) -> Incoming:
+    async with asyncio.timeout(10):
+        return await anext(transport.messages())
+
+
+def send_signal(broker: EmbeddedBroker, how: signal.Signals) -> None:
+    assert broker.pid is not None
+    os.kill(broker.pid, how)

@@ -50,7 +50,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
     device = torch.device(_resolve_device(config.device))
     model = load(config.model, _resolve_dtype(config.dtype, device), str(device), config.max_model_len)
     kind = choose(
-        config.attention,  # type: ignore[arg-type] - checked by the scheduler's configuration
+        config.attention,
         device,
         model.dtype,
         model.layers,

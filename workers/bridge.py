@@ -60,7 +60,8 @@ def _paged_attention(
         scaling = query.shape[-1] ** -0.5
     attributes = Attributes(scaling, sliding_window, softcap, s_aux)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return _attend.get()(module.layer_idx, q, k, v, attributes).unsqueeze(0), None
+    layer: Any = module.layer_idx
+    return _attend.get()(layer, q, k, v, attributes).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, _paged_attention)

@@ -49,8 +49,8 @@ def load(name: str, dtype: str, device: str, max_model_len: int | None = None) -
         raise ModelRefused(f"{path} holds no config.json: give a directory saved by transformers, or {DEMO!r}")
     config = AutoConfig.from_pretrained(path)
     check_config(config, max_model_len)
-    module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, device_map=None)
-    return adopt(module.to(torch.device(device)), path, max_model_len)
+    module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    return adopt(module.to(device), path, max_model_len)
 
 
 def adopt(module: PreTrainedModel, path: Path, max_model_len: int | None = None) -> Model:

@@ -29,9 +29,7 @@ def check(model: Model, backend: type[AttentionBackend], block_size: int) -> Non
     with torch.inference_mode():
         ragged = _ragged(model, backend, block_size, prompts)
         plain = _plain(model, prompts)
-    error = max(
-        float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(ragged, plain, strict=True)
-    )
+    error = max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(ragged, plain, strict=True))
     if not error <= _TOLERANCE[model.dtype]:
         raise ModelRefused(
             f"{model.module.config.model_type}: logits of a ragged batch differ from a plain forward by {error:.1e} of "

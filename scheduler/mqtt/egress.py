@@ -104,9 +104,7 @@ class Egress:
             if id in self._generations:
                 self._fail(id, ServiceError("internal", "the model failed on every step with this request in it"))
 
-    def _take_token(
-        self, id: str, generation: Generation, token: int, finish: FinishReason | None, at: float
-    ) -> None:
+    def _take_token(self, id: str, generation: Generation, token: int, finish: FinishReason | None, at: float) -> None:
         if generation.last_token_at is None:
             self._metrics.ttft.observe(at - generation.accepted_at)
         else:
@@ -125,9 +123,7 @@ class Egress:
     def _publish_chunk(self, generation: Generation, reason: FinishReason | None = None) -> None:
         """QoS 0: the terminal message makes up for a lost one."""
         if generation.streams and (chunk := generation.next_chunk(reason)) is not None:
-            self._transport.publish_nowait(
-                generation.topic, replies.encode(chunk), correlation=generation.correlation
-            )
+            self._transport.publish_nowait(generation.topic, replies.encode(chunk), correlation=generation.correlation)
 
     def _fail(self, id: str, error: ServiceError) -> None:
         self._end(id, Failed(self._generations[id].request_id, error.body), "error")

@@ -262,12 +262,16 @@ async def test_cancelling_the_reading_task_cancels(serve: Serve, client: Client)
 async def test_closing_the_client_cancels_what_still_runs(broker: EmbeddedBroker, serve: Serve) -> None:
     service = serve(accept_and_start)
     async with Client(broker.url, tenant="alice") as client:
-        reading = asyncio.create_task(client.complete(CHAT, model="m", request_id="r"))
+        reading = asyncio.create_task(client.complete(CHAT, model="m", request_id="read"))
+        left_alone = aiter(client.stream(CHAT, model="m", request_id="left-alone"))
+        await anext(left_alone)
         await service.arrived.wait()
     async with asyncio.timeout(5):
-        assert await service.cancels.get() == "r"
+        assert {await service.cancels.get(), await service.cancels.get()} == {"read", "left-alone"}
         with pytest.raises(TransportError, match="closed"):
             await reading
+        with pytest.raises(TransportError, match="closed"):
+            await anext(left_alone)
     assert service.cancels.empty()
 
 

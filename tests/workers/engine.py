@@ -37,11 +37,11 @@ class LocalEngine:
         self.runner = Runner(model.module, backend, max_running=running, max_model_len=longest)
         self.outputs: dict[str, list[int]] = {}
 
-    def submit(self, id: str, prompt: list[int], length: int, sampling: Sampling | None = None, stop=frozenset()) -> None:
+    def submit(
+        self, id: str, prompt: list[int], length: int, sampling: Sampling | None = None, stop=frozenset()
+    ) -> None:
         self.outputs[id] = []
-        self.batcher.submit(
-            Sequence(id, prompt, max_tokens=length, stop_ids=stop, sampling=sampling or Sampling())
-        )
+        self.batcher.submit(Sequence(id, prompt, max_tokens=length, stop_ids=stop, sampling=sampling or Sampling()))
 
     def step(self) -> bool:
         plan = self.batcher.plan()

@@ -40,7 +40,13 @@ SERVED: dict[str, dict] = {
 
 REFUSED: dict[str, dict] = {
     "mamba": {},
-    "jamba": {"num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
+    "jamba": {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 4,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention"],
@@ -71,7 +77,12 @@ def generate(model: PreTrainedModel, prompt: list[int], length: int) -> list[int
     """transformers' own greedy answer, of exactly ``length`` tokens."""
     ids = torch.tensor([prompt])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, eos_token_id=[], pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=length,
+        eos_token_id=[],
+        pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
 

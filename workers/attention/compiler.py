@@ -37,15 +37,17 @@ class CompileError(Exception):
 
 
 def load_library(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
-    """The library compiled from `source`, from the cache when the same source, flags, compiler and CPU made it before.
+    """The library compiled from `source` and the headers beside it.
 
+    Taken from the cache when the same text, flags, compiler and CPU made it before.
     Raises CompileError.
     """
     flags = (*FLAGS, *(f"-D{define}" for define in defines))
     try:
         compiler = _compiler()
         version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
-        identity = "\0".join((source.read_text(), compiler, version.stdout.decode(), *flags, _cpu()))
+        texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+        identity = "\0".join((*texts, compiler, version.stdout.decode(), *flags, _cpu()))
         library = _cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.so"
         if not library.exists():
             _compile([compiler, *flags, str(source)], library)

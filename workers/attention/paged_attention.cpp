@@ -5,13 +5,12 @@
 // and memory likes long runs: a decoding row visits all heads of a block together.
 //
 // A tile is a few query tokens of one row, and with one KV head and all its query heads (when decoding, all KV heads) it
-// is one piece of work. The context is taken in chunks of about CHUNK keys that start at fixed positions. Each chunk yields its own softmax state
-// (maximum, sum, weighted values) and the states are folded in order (the online softmax). Because neither the chunks
-// nor the order depend on the tile, the batch or the thread, a query's result is the same bits whoever shares the
-// batch, however its prompt was cut, and whether or not the chunks were spread over threads.
+// is one piece of work. The context is taken in chunks of about CHUNK keys that start at fixed positions. Each chunk
+// yields its own softmax state (maximum, sum, weighted values) and the states are folded in order (the online softmax).
+// Because neither the chunks nor the order depend on the tile, the batch or the thread, a query's result is the same
+// bits whoever shares the batch, however its prompt was cut, and whether or not the chunks were spread over threads.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -19,7 +18,7 @@
 #include <memory>
 #include <vector>
 
-#include <omp.h>
+#include "simd.h"
 
 extern "C" {
 
@@ -52,23 +51,8 @@ constexpr int CHUNK = 64;            // keys per softmax state, rounded to whole
 constexpr int MAX_CHUNK_BLOCKS = 8;  // CHUNK over the smallest block
 constexpr int TILE_ROWS = 48;        // (token, head) rows of a tile: its queries and outputs stay in L2
 constexpr int PANEL = 6;             // rows held in registers: 6 x 2 accumulators of the 16 that AVX2 has
-constexpr int VALUE_VECTORS_NARROW = 4;
 constexpr int CACHE_LINE = 64;
-constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LOWEST = -1e30f;  // a finite stand-in for -inf: differences of two stay numbers
-
-#if defined(__AVX512F__)
-constexpr int NATIVE = 16;
-#elif defined(__AVX__)
-constexpr int NATIVE = 8;
-#else
-constexpr int NATIVE = 4;
-#endif
-// Built with -DLANES=8 for block sizes or head dims that 16 does not divide.
-#ifndef LANES
-#define LANES 16
-#endif
-constexpr int W = std::min(NATIVE, LANES);  // floats per vector
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -99,63 +83,6 @@ struct Span {
     int count = 0;
     const float *keys[MAX_CHUNK_BLOCKS], *values[MAX_CHUNK_BLOCKS];
 };
-
-typedef float F __attribute__((vector_size(W * 4)));
-typedef int32_t I __attribute__((vector_size(W * 4)));
-typedef float Unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
-
-F load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
-void store(float *p, F x) { *reinterpret_cast<Unaligned *>(p) = x; }
-F splat(float x) { return F{} + x; }
-F select(I mask, F yes, F no) { return (F)(((I)yes & mask) | ((I)no & ~mask)); }
-F max(F a, F b) { return select(a > b, a, b); }
-
-float reduce_max(F x) {
-    float best = x[0];
-    for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
-    return best;
-}
-
-float reduce_add(F x) {
-    float sum = x[0];
-    for (int i = 1; i < W; ++i) sum += x[i];
-    return sum;
-}
-
-// 2^x for x <= 0, exactly 1 at 0 and exactly 0 below 2^-126; relative error under 2e-7 (Cephes' polynomial).
-F exp2(F x) {
-    const F round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    F shifted = x + round;
-    F f = x - (shifted - round);
-    F p = splat(1.535336188319500e-4f);
-    p = p * f + 1.339887440266574e-3f;
-    p = p * f + 9.618437357674640e-3f;
-    p = p * f + 5.550332471162809e-2f;
-    p = p * f + 2.402264791363012e-1f;
-    p = p * f + 6.931472028550421e-1f;
-    p = p * f + 1.0f;
-    return (F)(((I)p + ((I)shifted << 23)));
-}
-
-float exp2(float x) { return exp2(splat(x))[0]; }
-
-// Eigen's rational approximation: a few units in the last place, where 1 - 2 / (e^2x + 1) would cancel.
-F tanh(F x) {
-    x = max(select(x < splat(7.90531110763549805f), x, splat(7.90531110763549805f)), splat(-7.90531110763549805f));
-    F y = x * x;
-    F p = splat(-2.76076847742355e-16f);
-    p = p * y + 2.00018790482477e-13f;
-    p = p * y + -8.60467152213735e-11f;
-    p = p * y + 5.12229709037114e-08f;
-    p = p * y + 1.48572235717979e-05f;
-    p = p * y + 6.37261928875436e-04f;
-    p = p * y + 4.89352455891786e-03f;
-    F q = splat(1.19825839466702e-06f);
-    q = q * y + 1.18534705686654e-04f;
-    q = q * y + 2.26843463243900e-03f;
-    q = q * y + 4.89352518554385e-03f;
-    return x * p / q;
-}
 
 struct Kernel {
     const Layer &layer;
@@ -299,7 +226,7 @@ struct Kernel {
             fold(states + r * state_stride + layer.value_dim, maximum, sum, keep[r], take[r]);
         }
 
-        constexpr int N = R <= 3 ? VALUE_VECTORS_NARROW : 2;
+        constexpr int N = R <= 3 ? 4 : 2;  // up to 12 accumulators again
         int64_t column = 0;
         for (; column + N * W <= layer.value_dim; column += N * W)
             weigh<R, N>(s, visible, visible_end, scores, column, states, keep, take);
@@ -414,7 +341,7 @@ struct Kernel {
         std::vector<Piece> split;
         Buffer states;
         // Too few pieces to keep the threads evenly busy: every chunk becomes a piece, and `finish` joins them.
-        const bool splitting = (int64_t)whole.size() < 2 * call.threads;
+        const bool splitting = call.threads > 1 && (int64_t)whole.size() < 2 * call.threads;
         if (splitting) {
             int64_t floats = 0;
             for (const Piece &piece : whole) floats += state_floats(piece) * (piece.chunk_end - piece.chunk);
@@ -437,13 +364,15 @@ struct Kernel {
 
             Buffer queries = allocate(most_rows * layer.key_dim), scores = allocate(PANEL * chunk_size);
             Buffer own = allocate(most_rows * state_stride);
-#pragma omp for schedule(dynamic)
+// Barriers are dear where other programs compete for the cores, so there is none but those needed.
+#pragma omp for schedule(dynamic) nowait
             for (int64_t i = 0; i < (int64_t)work.size(); ++i) {
                 run(work[i], queries.get(), scores.get(), splitting ? work[i].state : own.get());
                 if (!splitting) finish(work[i], own.get(), 1, 0);
             }
             if (splitting) {
-#pragma omp for schedule(dynamic)
+#pragma omp barrier
+#pragma omp for schedule(dynamic) nowait
                 for (int64_t i = 0; i < (int64_t)whole.size(); ++i)
                     finish(whole[i], whole[i].state, whole[i].chunk_end - whole[i].chunk, state_floats(whole[i]));
             }

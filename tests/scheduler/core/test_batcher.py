@@ -36,8 +36,12 @@ def test_long_prompt_is_cut_into_chunks_and_samples_only_at_its_end():
     batcher = make(budget=8)
     batcher.submit(sequence("a", 20))
     chunks = [step(batcher)[0].rows[0] for _ in range(3)]
-    assert [(chunk.start, chunk.length, chunk.sample) for chunk in chunks] == [(0, 8, False), (8, 8, False), (16, 4, True)]
-    assert sum((chunk.tokens for chunk in chunks), []) == list(range(10, 30))
+    assert [(chunk.start, chunk.length, chunk.sample) for chunk in chunks] == [
+        (0, 8, False),
+        (8, 8, False),
+        (16, 4, True),
+    ]
+    assert [token for chunk in chunks for token in chunk.tokens] == list(range(10, 30))
 
 
 def test_eos_frees_blocks_and_slot_in_that_iteration_and_a_waiting_one_is_in_the_next_step():

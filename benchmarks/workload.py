@@ -1,0 +1,63 @@
+"""A workload file: ``{"requests": [{"id": 0, "prompt_token_ids": [...], "max_tokens": 83, "ignore_eos": true}, …]}``."""
+
+import random
+from pathlib import Path
+
+import msgspec
+
+from scheduler.config import Config, EngineConfig, ModelConfig
+from scheduler.core.sequence import Sequence
+
+
+class WorkItem(msgspec.Struct, frozen=True):
+    """One request, decoded greedily."""
+
+    id: int
+    prompt_token_ids: list[int]
+    max_tokens: int
+    ignore_eos: bool = True
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """All are submitted at once."""
+
+    requests: list[WorkItem]
+
+    def first(self, count: int | None) -> "Workload":
+        return self if count is None else Workload(self.requests[:count])
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(item.max_tokens for item in self.requests)
+
+
+def load(path: Path) -> Workload:
+    """Raises msgspec.DecodeError, or OSError."""
+    return msgspec.json.decode(path.read_bytes(), type=Workload)
+
+
+def mixed(count: int, *, prompt: tuple[int, int], output: tuple[int, int], seed: int, vocab: int = 49152) -> Workload:
+    """Random prompts, lengths uniform within both bounds."""
+    draw = random.Random(seed)
+    return Workload(
+        [
+            WorkItem(
+                id=index,
+                prompt_token_ids=[draw.randrange(100, vocab) for _ in range(draw.randint(*prompt))],
+                max_tokens=draw.randint(*output),
+            )
+            for index in range(count)
+        ]
+    )
+
+
+def sequence(item: WorkItem, eos_ids: list[int]) -> Sequence:
+    stop = frozenset(() if item.ignore_eos else eos_ids)
+    return Sequence(str(item.id), item.prompt_token_ids, max_tokens=item.max_tokens, stop_ids=stop)
+
+
+def config(model: str, max_running: int, max_batch_tokens: int) -> Config:
+    return Config(
+        model=ModelConfig(path=model),
+        engine=EngineConfig(max_running=max_running, max_batch_tokens=max_batch_tokens),
+    )

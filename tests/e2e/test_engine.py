@@ -1,0 +1,134 @@
+"""The engine with a real worker process and the demo model."""
+
+import asyncio
+import os
+import random
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from scheduler.config import Config, EngineConfig, ModelConfig
+from scheduler.core.sequence import Sequence
+from scheduler.loop import Engine
+from scheduler.worker import Worker, WorkerRefused
+from tests.workers.models import generate, save, tiny
+from workers.weights import demo_model
+
+pytestmark = pytest.mark.timeout(600)
+
+_SUBJECTS = (
+    "The old bus driver",
+    "A small model",
+    "Nobody in Paris",
+    "The sea",
+    "My neighbour's cat",
+    "Every scheduler",
+)
+_VERBS = ("went to the market because", "never understood why", "was told that", "looked at the sky and")
+
+
+def mixed_prompts(tokenizer, count: int) -> list[tuple[list[int], int]]:
+    """Sentences of very different lengths, and output lengths."""
+    draw = random.Random(17)
+    requests = []
+    for _ in range(count):
+        sentences = [f"{draw.choice(_SUBJECTS)} {draw.choice(_VERBS)}" for _ in range(draw.choice((1, 1, 2, 5, 12)))]
+        requests.append((tokenizer.encode(". ".join(sentences)), draw.randint(4, 16)))
+    return requests
+
+
+async def collect(engine: Engine, ids: set[str], on_report=None) -> dict[str, list[int]]:
+    """Run until all of these have ended; their tokens."""
+    outputs: dict[str, list[int]] = {id: [] for id in ids}
+    loop = asyncio.create_task(engine.run(), name="loop")
+    left = set(ids)
+    try:
+        while left:
+            report = await engine.reports.get()
+            assert not report.failed
+            for event in report.events:
+                outputs[event.id].append(event.token)
+                if event.finish:
+                    left.remove(event.id)
+            if on_report:
+                on_report(report)
+    finally:
+        loop.cancel()
+    assert engine.batcher.pool.num_free == engine.batcher.pool.num_blocks
+    return outputs
+
+
+async def test_64_mixed_prompts_are_token_identical_to_generate():
+    path = demo_model()
+    requests = mixed_prompts(AutoTokenizer.from_pretrained(path), 64)
+    config = Config(engine=EngineConfig(max_running=24, max_batch_tokens=96, num_blocks=160))
+    async with Engine(config.worker()) as engine:
+        for index, (prompt, length) in enumerate(requests):
+            engine.submit(Sequence(str(index), prompt, max_tokens=length))
+        outputs = await collect(engine, {str(index) for index in range(64)})
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    for index, (prompt, length) in enumerate(requests):
+        assert outputs[str(index)] == generate(model, prompt, length), f"prompt {index}"
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> str:
+    return str(save(tiny("llama"), tmp_path_factory.mktemp("tiny")))
+
+
+def tiny_config(path: str, **engine) -> Config:
+    return Config(model=ModelConfig(path=path, threads=1), engine=EngineConfig(block_size=8, **engine))
+
+
+async def test_in_a_trace_of_a_real_run_eos_lets_a_waiting_one_into_the_next_step(tiny_model):
+    """Sequences end at a token that stops them; the step after one ends holds one that was waiting."""
+    draw = random.Random(3)
+    reports = []
+    config = tiny_config(tiny_model, max_running=2, max_batch_tokens=64, num_blocks=64)
+    async with Engine(config.worker()) as engine:
+        for index in range(12):
+            prompt = [draw.randrange(3, 97) for _ in range(6)]
+            engine.submit(Sequence(str(index), prompt, max_tokens=30, stop_ids=frozenset(range(3, 40))))
+        await collect(engine, {str(index) for index in range(12)}, reports.append)
+    seen: set[str] = set()
+    handovers = 0
+    for report, following in zip(reports, reports[1:], strict=False):
+        seen |= set(report.rows)
+        stopped = [event for event in report.events if event.finish == "stop"]
+        if stopped and report.waiting:
+            newcomers = set(following.rows) - seen
+            assert len(newcomers) == min(len(stopped), report.waiting)
+            handovers += 1
+    assert handovers >= 5
+
+
+async def test_a_killed_worker_costs_nobody_a_token(tiny_model):
+    draw = random.Random(4)
+    prompts = {str(index): [draw.randrange(3, 97) for _ in range(10)] for index in range(6)}
+
+    async def run(killing: bool) -> dict[str, list[int]]:
+        steps = 0
+
+        def kill_once(report) -> None:
+            nonlocal steps
+            steps += 1
+            if killing and steps == 15:
+                os.kill(engine.worker_pid, signal.SIGKILL)
+
+        async with Engine(tiny_config(tiny_model, max_running=4, num_blocks=64).worker()) as engine:
+            for id, prompt in prompts.items():
+                engine.submit(Sequence(id, prompt, max_tokens=40))
+            outputs = await collect(engine, set(prompts), kill_once)
+            assert engine.worker_restarts == int(killing)
+        return outputs
+
+    assert await run(killing=True) == await run(killing=False)
+
+
+async def test_a_worker_refuses_with_the_reason(tmp_path):
+    save(tiny("mamba"), tmp_path)
+    with pytest.raises(WorkerRefused, match=r"mamba .*(recurrent state|layers of type)"):
+        async with Worker(tiny_config(str(tmp_path)).worker()):
+            pass

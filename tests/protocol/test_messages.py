@@ -1,0 +1,132 @@
+"""Bodies: what is refused and how it is named, and that OpenAI's own models parse what we answer."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from protocol import openai, plan, replies
+from protocol.errors import BadRequest
+from protocol.openai import Usage
+from protocol.request import Message, Request, decode_request, encode_request
+
+
+def test_an_openai_body_is_taken_as_it_is():
+    request = decode_request(
+        b'{"model": "smollm2", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content":'
+        b' [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}], "max_completion_tokens": 5, "stop": "x",'
+        b' "temperature": 0, "stream": true, "stream_options": {"include_usage": true}, "n": 1, "user": "u"}'
+    )
+    assert [message.text for message in request.messages] == ["Be brief.", "Hello"]
+    assert (request.output_limit, request.stop_strings, request.stream) == (5, ("x",), True)
+    assert decode_request(encode_request(request)) == request
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "says"),
+    [
+        (b"not json", "body", "UTF-8 JSON"),
+        (b"", "body", "UTF-8 JSON"),
+        (b"\xff\xfe", "body", "UTF-8 JSON"),
+        (b'{"prompt": "\xff\xfe"}', "body", "UTF-8 JSON"),
+        (b"[]", "body", "object"),
+        (b"null", "body", "object"),
+        (b"{}", "messages", "exactly one"),
+        (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "messages", "exactly one"),
+        (b'{"prompt": ""}', "prompt", "empty"),
+        (b'{"prompt": []}', "prompt", "empty"),
+        (b'{"messages": []}', "messages", "length >= 1"),
+        (b'{"prompt": ["a", "b"]}', "prompt[0]", "int"),
+        (b'{"prompt": [-1]}', "prompt[0]", ">= 0"),
+        (b'{"prompt": 5}', "prompt", "str"),
+        (b'{"messages": [{"role": "wizard", "content": "a"}]}', "messages[0].role", "wizard"),
+        (b'{"messages": [{"role": "user"}]}', "messages[0]", "content"),
+        (b'{"prompt": "a", "max_tokens": 0}', "max_tokens", ">= 1"),
+        (b'{"prompt": "a", "max_tokens": "5"}', "max_tokens", "int"),
+        (b'{"prompt": "a", "max_tokens": 99999999999999999999}', "max_tokens", "<= 2147483647"),
+        (b'{"prompt": "a", "max_tokens": 1, "max_completion_tokens": 1}', "max_completion_tokens", "either"),
+        (b'{"prompt": "a", "temperature": NaN}', "body", "UTF-8 JSON"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature", "out of range"),
+        (b'{"prompt": "a", "temperature": 2.5}', "temperature", "<= 2.0"),
+        (b'{"prompt": "a", "temperature": -1}', "temperature", ">= 0.0"),
+        (b'{"prompt": "a", "top_p": 0}', "top_p", "> 0.0"),
+        (b'{"prompt": "a", "n": 2}', "n", "<= 1"),
+        (b'{"prompt": "a", "stop": ""}', "stop", "length >= 1"),
+        (b'{"prompt": "a", "stop": ["x", ""]}', "stop[1]", "length >= 1"),
+        (b'{"prompt": "a", "logprobs": true}', "body", "unknown field `logprobs`"),
+        (b'{"prompt": ' + b"[" * 100_000, "prompt[0]", "int"),
+        (b"[" * 100_000, "body", "object"),
+        (b'{"metadata": {"a": ' + b'{"a":' * 100_000, "metadata[...]", "str"),
+        (b'{"unknown": ' + b"[" * 100_000, "body", "unknown field"),
+    ],
+)
+def test_bad_bodies_name_the_field_and_the_limit(body, field, says):
+    with pytest.raises(BadRequest) as caught:
+        decode_request(body)
+    assert caught.value.body.param == field
+    assert says in caught.value.body.message
+    assert caught.value.body.code == "invalid_request"
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_do_anything_but_decode_or_be_refused(body):
+    try:
+        assert isinstance(decode_request(body), Request)
+    except BadRequest as error:
+        assert error.body.param
+
+
+USAGE = Usage(3, 5, 8)
+
+
+def test_openai_models_parse_every_kind_of_answer():
+    common = {"request_id": "r1", "created": 1700000000, "model": "smollm2", "text": "hi"}
+    chat = openai.answer(chat=True, reason="stop", usage=USAGE, **common)
+    text = openai.answer(chat=False, reason="length", usage=USAGE, **common)
+    chat_piece = openai.piece(chat=True, reason=None, first=True, **common)
+    last_piece = openai.piece(chat=True, reason="stop", first=False, **common)
+    text_piece = openai.piece(chat=False, reason=None, first=True, **common)
+    for model, body in (
+        (ChatCompletion, chat),
+        (Completion, text),
+        (ChatCompletionChunk, chat_piece),
+        (ChatCompletionChunk, last_piece),
+    ):
+        parsed = model.model_validate_json(msgspec.json.encode(body), strict=True)
+        assert parsed.id.endswith("r1")
+    # OpenAI streams completions with a null finish_reason, which its package therefore constructs without validating.
+    assert Completion.construct(**msgspec.json.decode(msgspec.json.encode(text_piece))).choices[0].text == "hi"
+    assert ChatCompletion.model_validate_json(msgspec.json.encode(chat)).choices[0].message.content == "hi"
+    assert ChatCompletion.model_validate_json(msgspec.json.encode(chat)).usage.total_tokens == 8
+    assert ChatCompletionChunk.model_validate_json(msgspec.json.encode(chat_piece)).choices[0].delta.role == "assistant"
+
+
+def test_replies_round_trip():
+    data = openai.answer(chat=True, request_id="r", created=1, model="m", text="hi", reason="stop", usage=USAGE)
+    piece = openai.piece(chat=False, request_id="r", created=1, model="m", text="h", reason=None, first=True)
+    for reply in (
+        replies.Accepted("r"),
+        replies.Chunk("r", 0, piece),
+        replies.Result("r", data, replies.Timings(0.1, None, 0.2), 3),
+        replies.Cancelled("r", 7),
+        replies.Failed(None, BadRequest("prompt", "must not be empty").body),
+    ):
+        assert replies.decode_reply(replies.encode(reply)) == reply
+
+
+def test_frames_round_trip():
+    step = plan.StepPlan(
+        3, [plan.Admission(0, plan.Sampling(0.5, seed=9))], [plan.Row(0, 0, 2, [5, 6], [1], sample=True)]
+    )
+    frame = plan.frame(step)
+    body = frame[plan.HEADER_BYTES :]
+    assert plan.body_length(frame[: plan.HEADER_BYTES]) == len(body)
+    assert plan.decode_plan(body) == step
+    failure = plan.StepFailure(3, "boom")
+    assert plan.decode_reply(plan.frame(failure)[plan.HEADER_BYTES :]) == failure
+
+
+def test_message_text():
+    assert Message("user", "plain").text == "plain"

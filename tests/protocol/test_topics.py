@@ -1,0 +1,58 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol import topics
+from protocol.topics import TopicError
+
+names = st.from_regex(r"[A-Za-z0-9.-][A-Za-z0-9_.-]{0,63}", fullmatch=True)
+
+
+@given(tenant=names, model=names, id=names)
+def test_topics_round_trip(tenant, model, id):
+    topic = topics.request(tenant, model, id)
+    assert topics.parse_request(topic) == topics.RequestTopic(tenant, model, id)
+    assert topics.parse_cancel(topics.cancel(tenant, id)) == topics.CancelTopic(tenant, id)
+    assert topics.tenant_of(topic) == tenant
+
+
+@given(bad=st.text().filter(lambda text: not topics.is_name(text)))
+def test_nothing_else_is_a_name(bad):
+    for make in (
+        lambda: topics.request("t", "m", bad),
+        lambda: topics.request(bad, "m", "i"),
+        lambda: topics.cancel("t", bad),
+    ):
+        with pytest.raises(TopicError, match="1 to 64 characters"):
+            make()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a+b", "a#", "$SYS", "ü", "a b", "x" * 65, "_svc", "a\0"])
+def test_names_that_would_break_the_grammar(name):
+    assert not topics.is_name(name)
+
+
+@pytest.mark.parametrize(
+    ("response_topic", "problem"),
+    [
+        ("tokenbus/v1/bob/out/x", "must lie under tokenbus/v1/alice/out/"),
+        ("tokenbus/v1/alice/out/", "must lie under"),
+        ("tokenbus/v1/alice/out/+", "wildcards"),
+        ("tokenbus/v1/alice/out/#", "wildcards"),
+        ("tokenbus/v1/alice/out/" + "x" * 512, "at most 512 bytes"),
+        ("$SYS/x", "must lie under"),
+    ],
+)
+def test_response_topics_outside_the_own_tree_are_refused(response_topic, problem):
+    with pytest.raises(TopicError, match=problem):
+        topics.own_response_topic("alice", response_topic)
+
+
+def test_own_response_topic():
+    assert topics.own_response_topic("alice", "tokenbus/v1/alice/out/c1/r1") == "tokenbus/v1/alice/out/c1/r1"
+
+
+@pytest.mark.parametrize("topic", ["tokenbus/v1/t/req/m", "tokenbus/v1/t/req/m/i/more"])
+def test_request_topics_have_six_levels(topic):
+    with pytest.raises(TopicError, match="<tenant>/req/<model>/<request_id>"):
+        topics.parse_request(topic)
