@@ -24,7 +24,7 @@ from scheduler.worker import WorkerDied, WorkerRefused
 
 #: What keeps a service from starting, told without a traceback.
 _STARTING = (WorkerRefused, WorkerDied, BrokerNotFound, BrokerFailed, TransportError, OSError)
-_BENCHMARKS = ("engine", "serve", "ladder", "attention")
+_BENCHMARKS = ("engine", "serve", "ladder", "attention", "contention")
 
 
 def _settings(context: click.Context, file: Path | None, assignments: tuple[str, ...]) -> Config:

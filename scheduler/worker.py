@@ -1,6 +1,7 @@
 """The worker process as the scheduler sees it: started, told plans, answering results; it may die at any time."""
 
 import asyncio
+import os
 import sys
 from types import TracebackType
 from typing import Self
@@ -9,6 +10,10 @@ from protocol import plan
 from protocol.plan import Reply, StepFailure, StepPlan, StepResult, WorkerConfig, WorkerInfo
 
 _STOP_S = 5.0
+
+#: OpenMP threads spin at every barrier; when another process has one of their cores, each barrier would cost a time slice.
+#: A short spin costs nothing alone and keeps the worker usable on a shared machine (benchmarks/contention.py).
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 
 
 class WorkerDied(Exception):
@@ -32,7 +37,12 @@ class Worker:
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "workers", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            "workers",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=_ENVIRONMENT | os.environ,
         )
         try:
             self._send(self._config)
