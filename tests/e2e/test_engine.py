@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+from itertools import pairwise
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ async def test_in_a_trace_of_a_real_run_eos_lets_a_waiting_one_into_the_next_ste
         await collect(engine, {str(index) for index in range(12)}, reports.append)
     seen: set[str] = set()
     handovers = 0
-    for report, following in zip(reports, reports[1:], strict=False):
+    for report, following in pairwise(reports):
         seen |= set(report.rows)
         stopped = [event for event in report.events if event.finish == "stop"]
         if stopped and report.waiting:
