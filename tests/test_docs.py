@@ -29,7 +29,8 @@ def test_files_named_in_code_spans_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_their_options_exist(page):
-    for line in re.findall(r"^(?:\$ )?(tokenbus [^#\n]*)", page.read_text(), flags=re.MULTILINE):
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+    for line in re.findall(r"^(tokenbus [^#\n]*)", blocks, flags=re.MULTILINE):
         words = line.split()
         command = main.commands[words[1]]
         known = {

@@ -15,7 +15,7 @@ from scheduler.service import Service
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     config = Config(
-        engine=EngineConfig(max_running=8, max_batch_tokens=64, kv_memory_mb=256),
+        engine=EngineConfig(max_running=8, max_batch_tokens=64, kv_memory_mb=512),
         broker=BrokerConfig(data_dir=str(tmp_path_factory.mktemp("broker"))),
         metrics=MetricsConfig(port=0),
     )
