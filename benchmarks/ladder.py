@@ -139,22 +139,20 @@ def _show(ladder: Ladder) -> None:
 @click.command()
 @click.option("--workload", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--naive-first", default=4, show_default=True, help="Requests the naive rung runs.")
-@click.option("--cached-first", default=16, show_default=True, help="Requests the one-at-a-time rung runs.")
+@click.option("--slow-first", default=6, show_default=True, help="Requests that the two slow rungs run, the same ones.")
 @cli.options
 def main(
     file: Path | None,
     picture: Path | None,
-    naive_first: int,
-    cached_first: int,
+    slow_first: int,
     model: str,
     max_running: int,
     max_batch_tokens: int,
     as_json: bool,
 ) -> None:
-    """Without --workload: 64 requests, prompts of 16 to 64 tokens, outputs of 16 to 192."""
-    workload = load(file) if file else mixed(64, prompt=(16, 64), output=(16, 192), seed=1)
-    limits = {"naive": naive_first, "cached": cached_first, "static": len(workload.requests)}
+    """Without --workload: 64 requests, prompts of 16 to 256 tokens, outputs of 16 to 192."""
+    workload = load(file) if file else mixed(64, prompt=(16, 256), output=(16, 192), seed=1)
+    limits = {"naive": slow_first, "cached": slow_first, "static": len(workload.requests)}
     ladder = climb(workload, model, limits, max_running, max_batch_tokens)
     if picture:
         plot(ladder, picture)

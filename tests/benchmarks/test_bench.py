@@ -43,9 +43,9 @@ def test_engine_and_ladder_count_the_same_tokens(files, tmp_path):
     assert 1 < engine["mean_running"] <= 4
     picture = tmp_path / "ladder.png"
     ladder = bench(
-        "ladder", "--workload", str(workload), "--model", str(model), "--naive-first", "2", "--plot", str(picture)
+        "ladder", "--workload", str(workload), "--model", str(model), "--slow-first", "2", "--plot", str(picture)
     )
     assert [rung["name"] for rung in ladder["rungs"]] == ["naive", "cached", "static", "continuous"]
-    assert [rung["requests"] for rung in ladder["rungs"]] == [2, 6, 6, 6]
+    assert [rung["requests"] for rung in ladder["rungs"]] == [2, 2, 6, 6]
     assert all(rung["equal_tokens"] == 1 for rung in ladder["rungs"])
     assert picture.read_bytes().startswith(b"\x89PNG")
