@@ -12,7 +12,7 @@ from protocol.plan import Reply, StepFailure, StepPlan, StepResult, WorkerConfig
 _STOP_S = 5.0
 
 #: OpenMP threads spin at every barrier; when another process has one of their cores, each barrier would cost a time slice.
-#: A short spin costs nothing alone and keeps the worker usable on a shared machine (benchmarks/contention.py).
+#: A short spin costs nothing alone and keeps the worker usable on a shared machine (docs/decisions/0004-shared-cores.md).
 _ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 
 
