@@ -14,7 +14,7 @@ from scheduler.loop import Engine, StepReport
 
 
 class EngineFigures(msgspec.Struct, frozen=True):
-    """``seconds`` runs from the first submission to the last token; ``gap_s`` is the mean time between two worker steps."""
+    """``seconds`` runs from the first submission to the last token; ``mean_gap_s``: an iteration's time beside the worker's."""
 
     output_tokens: int
     prompt_tokens: int

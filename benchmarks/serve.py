@@ -1,6 +1,7 @@
 """The whole service: the same workload over a real broker, from tenants' clients."""
 
 import asyncio
+import contextlib
 import statistics
 import tempfile
 import time
@@ -62,9 +63,9 @@ async def run(workload: Workload, settings: Config, tenants: int) -> ServeFigure
 
 async def _measure(workload: Workload, url: str, model: str, tenants: int) -> ServeFigures:
     clients = [Client(url, tenant=f"tenant{number}") for number in range(tenants)]
-    async with clients[0], asyncio.TaskGroup() as group:
-        for client in clients[1:]:
-            await client.__aenter__()
+    async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        for client in clients:
+            await stack.enter_async_context(client)
         begun = time.perf_counter()
         tasks = [
             group.create_task(_ask(clients[index % tenants], item, model), name=f"request {item.id}")
@@ -72,8 +73,6 @@ async def _measure(workload: Workload, url: str, model: str, tenants: int) -> Se
         ]
         answers = await asyncio.gather(*tasks)
         seconds = time.perf_counter() - begun
-        for client in clients[1:]:
-            await client.__aexit__(None, None, None)
     tokens = sum(answer.tokens for answer in answers)
     return ServeFigures(
         output_tokens=tokens,

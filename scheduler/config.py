@@ -39,7 +39,7 @@ class ModelConfig(Section, frozen=True):
 
 
 class EngineConfig(Section, frozen=True):
-    """Sizes of a step and of the KV cache (docs/decisions says why these)."""
+    """Sizes of a step and of the KV cache; ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold."""
 
     max_running: Count = 64
     max_batch_tokens: Count = 256

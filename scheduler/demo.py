@@ -1,6 +1,7 @@
 """The main job on embedded defaults: three tenants chat at once over a real broker; /metrics says how it went."""
 
 import asyncio
+import tempfile
 import time
 import urllib.request
 
@@ -40,7 +41,10 @@ class Summary(msgspec.Struct, frozen=True):
 async def run(config: Config, console: Console, *, as_json: bool) -> None:
     """Raises what the service raises when it can't start, or RequestError when an answer fails."""
     started = time.monotonic()
-    with console.status("starting broker, worker and scheduler"):
+    with tempfile.TemporaryDirectory() as scratch, console.status("starting broker, worker and scheduler"):
+        if config.broker.data_dir is None:
+            broker = msgspec.structs.replace(config.broker, data_dir=scratch)
+            config = msgspec.structs.replace(config, broker=broker)
         async with service.running(config) as running:
             console.print(
                 f"[bold]tokenbus[/] is up after {time.monotonic() - started:.1f} s: broker {running.broker_url}, "

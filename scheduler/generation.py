@@ -14,9 +14,13 @@ from scheduler.text import Detokenizer, StopStrings, Text
 
 
 def sequence_for(id: str, request: Request, prompt: list[int], info: WorkerInfo) -> Sequence:
-    """What the batcher is to run for a request. Raises BadRequest when it can't fit the context."""
+    """What the batcher is to run for a request. Raises BadRequest for unknown tokens or too many of them."""
     if not prompt:
         raise BadRequest("prompt", "must hold at least one token")
+    # One unknown id would fail the forward pass of everyone in its batch.
+    unknown = next((index for index, token in enumerate(prompt) if token >= info.vocab_size), None)
+    if unknown is not None:
+        raise BadRequest(f"prompt[{unknown}]", f"must be a token id below {info.vocab_size}")
     room = info.max_model_len - len(prompt)
     wanted = request.output_limit
     if room < 1 or (wanted is not None and wanted > room):

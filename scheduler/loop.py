@@ -22,7 +22,8 @@ _RESTART_PAUSE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` what passed here beside it.
+    """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` all the rest of the iteration: planning,
+    the way to the worker and back, applying.
 
     ``failed`` are sequences given up because steps with them kept failing.
     """
@@ -51,6 +52,8 @@ class Engine:
     ``reports`` holds one StepReport per iteration, for one consumer. Entering raises WorkerRefused or WorkerDied.
     """
 
+    info: WorkerInfo
+
     def __init__(self, config: WorkerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._clock = clock
@@ -64,17 +67,13 @@ class Engine:
     async def __aenter__(self) -> Self:
         await self._worker.__aenter__()
         self.worker_up = True
-        info = self._worker.info
+        info = self.info = self._worker.info
         limits = Limits(self._config.max_running, self._config.max_batch_tokens, info.max_model_len)
         self.batcher = Batcher(limits, BlockPool(info.num_blocks, info.block_size))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._worker.__aexit__(None, None, None)
-
-    @property
-    def info(self) -> WorkerInfo:
-        return self._worker.info
 
     @property
     def worker_pid(self) -> int:
@@ -96,15 +95,15 @@ class Engine:
     async def run(self) -> None:
         """Iterate for ever; sleeps while there is nothing to compute."""
         while True:
+            begun = self._clock()
             plan = self.batcher.plan()
             if plan is None:
                 self._work_came.clear()
                 await self._work_came.wait()
                 continue
-            await self._iterate(plan)
+            await self._iterate(plan, begun)
 
-    async def _iterate(self, plan: StepPlan) -> None:
-        begun = self._clock()
+    async def _iterate(self, plan: StepPlan, begun: float) -> None:
         ids = tuple(self.batcher.row_ids(plan))
         try:
             result = await self._worker.step(plan)
@@ -134,12 +133,11 @@ class Engine:
 
     async def _restart_worker(self) -> None:
         self.worker_up = False
+        await self._worker.__aexit__(None, None, None)
         while True:
-            await self._worker.__aexit__(None, None, None)
             await asyncio.sleep(_RESTART_PAUSE_S)
-            self._worker = Worker(self._config)
             try:
-                await self._worker.__aenter__()
+                self._worker = await Worker(self._config).__aenter__()
             except WorkerDied as error:
                 logger.error("the worker died while starting: %s", error)
                 continue

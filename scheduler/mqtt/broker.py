@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from platformdirs import user_cache_path
+
 from protocol.transport import BrokerAddress, BrokerUnreachable, ConnectionRefused, Transport
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ class EmbeddedBroker:
     async def start(self) -> None:
         """Start it and wait until it answers a CONNECT."""
         _check_free(self.port)
-        program, environment = await find_mosquitto(_cache_dir())
+        program, environment = await find_mosquitto(user_cache_path("tokenbus") / "mosquitto")
         self._data_dir.mkdir(parents=True, exist_ok=True)
         config = self._data_dir / "mosquitto.conf"
         config.write_text("\n".join([*self._config(), *self._settings, ""]))
@@ -248,8 +250,3 @@ def _check_free(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             raise BrokerFailed(f"the embedded broker can't have port {port}: {error.strerror}") from None
-
-
-def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tokenbus" / "mosquitto"

@@ -159,4 +159,4 @@ class Egress:
         try:
             await self._transport.publish(topic, replies.encode(reply), correlation=correlation)
         except (PublishRefused, PayloadTooLarge) as error:
-            logger.error("a reply to %s was lost: %s", topic, error)
+            logger.error("a reply to %r was lost: %s", topic, error)

@@ -49,7 +49,7 @@ class Ingress:
             self._refuse(incoming, error)
         except Exception as error:  # noqa: BLE001 - whatever one message does to us, the next is another tenant's
             # Only the type: the text may hold a prompt.
-            logger.error("a message on %s raised %s", incoming.topic, type(error).__name__)
+            logger.error("a message on %r raised %s", incoming.topic, type(error).__name__)
             self._refuse(incoming, ServiceError("internal", "the service failed on this request"))
 
     async def _request(self, incoming: Incoming) -> None:

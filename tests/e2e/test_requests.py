@@ -1,5 +1,6 @@
 """Requests over a real broker to a real model."""
 
+import ast
 import asyncio
 import subprocess
 import urllib.request
@@ -227,3 +228,11 @@ async def test_metrics_tell_what_happened(running):
         == after["tokenbus_kv_usage_ratio"]
         == 0
     )
+
+
+async def test_the_pages_python_lines_run(running, capsys):
+    """The very block of docs/protocol.md, but for the port."""
+    page = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    block = page.split("```python\n")[1].split("```")[0].replace("mqtt://127.0.0.1:1883", running.broker_url)
+    await eval(compile(block, "protocol.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), {})
+    assert "completion_tokens=" in capsys.readouterr().out

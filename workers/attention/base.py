@@ -77,6 +77,11 @@ class AttentionBackend(ABC):
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
+        self.allocate()
+
+    @abstractmethod
+    def allocate(self) -> None:
+        """Make the cache, uninitialised, and whatever else the backend holds."""
 
     @abstractmethod
     def attend(

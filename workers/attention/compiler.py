@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -13,6 +12,8 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
@@ -77,7 +78,7 @@ def _compile(command: Sequence[str], library: Path) -> None:
 
 def _cache_folder() -> Path:
     """Private to the user, since what lies here is loaded as code. Raises OSError, or RuntimeError without a home."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbus" / "kernels"
+    folder = user_cache_path("tokenbus") / "kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 

@@ -54,21 +54,15 @@ class CpuAttention(AttentionBackend):
 
     name = "cpu"
 
-    def __init__(
-        self,
-        layers: Sequence[LayerShape],
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(layers, num_blocks, block_size, dtype, device)
-        self._kernel = _library(layers, block_size).paged_attention
+    def allocate(self) -> None:
+        self._kernel = _library(self.layers, self.block_size).paged_attention
         self._kernel.argtypes, self._kernel.restype = (c_void_p, c_void_p, c_void_p), None
-        self.cache = [torch.empty(num_blocks, s.kv_heads, (s.key_dim + s.value_dim) * block_size) for s in layers]
+        self.cache = [
+            torch.empty(self.num_blocks, s.kv_heads, (s.key_dim + s.value_dim) * self.block_size) for s in self.layers
+        ]
         self._layers = [
-            _Layer(cache.data_ptr(), s.query_heads, s.kv_heads, s.key_dim, s.value_dim, block_size)
-            for s, cache in zip(layers, self.cache, strict=True)
+            _Layer(cache.data_ptr(), s.query_heads, s.kv_heads, s.key_dim, s.value_dim, self.block_size)
+            for s, cache in zip(self.layers, self.cache, strict=True)
         ]
         self._batch: RaggedBatch | None = None
         self._batch_tensors: tuple[Tensor, ...] = ()

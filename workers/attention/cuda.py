@@ -23,16 +23,8 @@ class CudaAttention(AttentionBackend):
 
     name = "cuda"
 
-    def __init__(
-        self,
-        layers: Sequence[LayerShape],
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(layers, num_blocks, block_size, dtype, device)
-        self.cache = KVCache(layers, num_blocks, block_size, dtype, device)
+    def allocate(self) -> None:
+        self.cache = KVCache(self.layers, self.num_blocks, self.block_size, self.dtype, self.device)
         self._batch: RaggedBatch | None = None
         self._key_start: Tensor | None = None
 
