@@ -52,8 +52,8 @@ async def _measure(workload: Workload, engine: Engine) -> EngineFigures:
             outputs[event.id].append(event.token)
             if event.finish:
                 unfinished.remove(event.id)
-        if report.failed:
-            raise RuntimeError(f"the worker failed on {len(report.failed)} sequences")
+        if report.given_up:
+            raise RuntimeError(f"the worker failed on {len(report.given_up)} sequences")
     seconds = time.perf_counter() - begun
     tokens = sum(len(output) for output in outputs.values())
     return EngineFigures(

@@ -1,8 +1,8 @@
 """The contract between scheduler and worker: plain ints over a pipe, no tensors.
 
 Frames are a 4-byte big-endian length and a msgpack body. The scheduler writes one `WorkerConfig`, then `StepPlan`s; the
-worker answers one `WorkerInfo` when it is ready, then one `StepResult` or `StepFailure` per plan, in order. A worker that
-can't start sends one `StartFailure` and exits.
+worker answers one `WorkerInfo` when it is ready, then one `StepResult` or `StepFailure` per plan, in order. An idle worker is
+asked for a `Pong` now and then. A worker that can't start sends one `StartFailure` and exits.
 
 The worker keeps one *slot* per running sequence: its block table, its sampling parameters and the last token sampled for
 it. A plan sends only what changed.
@@ -69,10 +69,16 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     sample: bool
 
 
-class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """After a `StepFailure` the scheduler sends an `Admission` for every sequence of that step again."""
+
     step: int
     admissions: list[Admission]
     rows: list[Row]
+
+
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Are you there?"""
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True):
@@ -86,6 +92,10 @@ class StepResult(msgspec.Struct, frozen=True, tag=True):
 class StepFailure(msgspec.Struct, frozen=True, tag=True):
     step: int
     error: str
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    pass
 
 
 class StartFailure(msgspec.Struct, frozen=True, tag=True):
@@ -107,18 +117,19 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
     attention: str
 
 
-Reply = WorkerInfo | StepResult | StepFailure | StartFailure
+Command = StepPlan | Ping
+Reply = WorkerInfo | StepResult | StepFailure | Pong | StartFailure
 
 encode = msgspec.msgpack.Encoder().encode
 decode_config = msgspec.msgpack.Decoder(WorkerConfig).decode
-decode_plan = msgspec.msgpack.Decoder(StepPlan).decode
+decode_command = msgspec.msgpack.Decoder(Command).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
 #: Bytes before each frame's body.
 HEADER_BYTES = _LENGTH.size
 
 
-def frame(message: WorkerConfig | StepPlan | Reply) -> bytes:
+def frame(message: WorkerConfig | Command | Reply) -> bytes:
     body = encode(message)
     return _LENGTH.pack(len(body)) + body
 

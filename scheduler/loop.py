@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from protocol.plan import StepFailure, StepPlan, WorkerConfig, WorkerInfo
+from protocol.transport import delays
 from scheduler.core.batcher import Batcher, Limits, TokenEvent
 from scheduler.core.blocks import BlockPool
 from scheduler.core.sequence import Sequence
@@ -15,17 +16,31 @@ from scheduler.worker import Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
 
-#: Steps that may fail one after the other, with worker restarts between, before the running sequences are given up.
-_MOST_FAILURES = 3
-_RESTART_PAUSE_S = 0.5
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a worker may take over an answer, how often an idle one is asked for one, and how many steps may fail
+    with a sequence in them before it is given up, once it was alone in the last of them."""
+
+    answer_s: float = 60.0
+    heartbeat_s: float = 5.0
+    attempts: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A sequence that was given up after so many failures; ``crashed``: it took the worker with it."""
+
+    id: str
+    error: str
+    crashed: bool
+    failures: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` all the rest of the iteration: planning,
-    the way to the worker and back, applying.
-
-    ``failed`` are sequences given up because steps with them kept failing.
+    the way to the worker and back, applying. ``ok`` is false for a step that failed.
     """
 
     step: int
@@ -42,8 +57,9 @@ class StepReport:
     recomputed_tokens: int
     late_tokens: int
     worker_restarts: int
+    ok: bool = True
     events: list[TokenEvent] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
+    given_up: list[Failure] = field(default_factory=list)
 
 
 class Engine:
@@ -54,12 +70,15 @@ class Engine:
 
     info: WorkerInfo
 
-    def __init__(self, config: WorkerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: WorkerConfig, patience: Patience = Patience(), clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._config = config
+        self._patience = patience
         self._clock = clock
-        self._worker = Worker(config)
+        self._worker = Worker(config, patience.answer_s)
         self._work_came = asyncio.Event()
-        self._failures = 0
+        self._pauses = delays()
         self.worker_restarts = 0
         self.worker_up = False
         self.reports: asyncio.Queue[StepReport] = asyncio.Queue()
@@ -79,6 +98,11 @@ class Engine:
     def worker_pid(self) -> int:
         return self._worker.pid
 
+    @property
+    def worker_owes_since_s(self) -> float:
+        """For how long the worker has owed an answer."""
+        return self._worker.owes_since_s
+
     def now(self) -> float:
         """Seconds on the clock that reports are stamped with."""
         return self._clock()
@@ -88,9 +112,9 @@ class Engine:
         self.batcher.submit(sequence)
         self._work_came.set()
 
-    def end(self, id: str) -> None:
-        """Stop a sequence at once, whatever it is doing; no more events name it."""
-        self.batcher.end(id)
+    def end(self, id: str) -> Sequence | None:
+        """Stop a sequence at once, whatever it is doing; no more events name it. None when it isn't here."""
+        return self.batcher.end(id)
 
     async def run(self) -> None:
         """Iterate for ever; sleeps while there is nothing to compute."""
@@ -98,46 +122,53 @@ class Engine:
             begun = self._clock()
             plan = self.batcher.plan()
             if plan is None:
-                self._work_came.clear()
+                await self._rest()
+            else:
+                await self._iterate(plan, begun)
+
+    async def _rest(self) -> None:
+        """Wait for work; now and then see whether the worker is still there."""
+        self._work_came.clear()
+        try:
+            async with asyncio.timeout(self._patience.heartbeat_s):
                 await self._work_came.wait()
-                continue
-            await self._iterate(plan, begun)
+        except TimeoutError:
+            try:
+                await self._worker.ping()
+            except WorkerDied as error:
+                logger.error("the idle worker died: %s", error)
+                await self._restart_worker()
 
     async def _iterate(self, plan: StepPlan, begun: float) -> None:
         ids = tuple(self.batcher.row_ids(plan))
         try:
             result = await self._worker.step(plan)
         except WorkerDied as error:
-            logger.error("the worker died in step %d: %s", plan.step, error)
+            self._report(plan, ids, begun, given_up=self._fail(plan, str(error), crashed=True))
             await self._restart_worker()
-            result = StepFailure(plan.step, str(error))
+            return
         if isinstance(result, StepFailure):
-            self._report(plan, ids, begun, 0.0, [], self._give_up_if_hopeless(result))
+            self._report(plan, ids, begun, given_up=self._fail(plan, result.error, crashed=False))
         else:
-            self._failures = 0
-            events = self.batcher.apply(result.step, result.tokens)
-            self._report(plan, ids, begun, result.seconds, events, [])
+            self._pauses = delays()
+            self._report(plan, ids, begun, result.seconds, self.batcher.apply(result.step, result.tokens))
 
-    def _give_up_if_hopeless(self, failure: StepFailure) -> list[str]:
-        """Everything that ran is computed again; after too many failures it is ended instead."""
-        self._failures += 1
-        logger.error("step %d failed (%d in a row): %s", failure.step, self._failures, failure.error)
-        culprits = [sequence.id for sequence in self.batcher.running]
-        self.batcher.restart()
-        if self._failures < _MOST_FAILURES:
+    def _fail(self, plan: StepPlan, error: str, *, crashed: bool) -> list[Failure]:
+        """Have the batcher look for the one at fault, and give it up when this was its last attempt."""
+        failed = self.batcher.fail(lost=crashed)
+        logger.error("step %d failed with %d sequences in it: %s", plan.step, len(failed), error)
+        if len(failed) != 1 or failed[0].failures < self._patience.attempts:
             return []
-        self._failures = 0
-        for id in culprits:
-            self.batcher.end(id)
-        return culprits
+        self.batcher.end(failed[0].id)
+        return [Failure(failed[0].id, error, crashed, failed[0].failures)]
 
     async def _restart_worker(self) -> None:
         self.worker_up = False
         await self._worker.__aexit__(None, None, None)
         while True:
-            await asyncio.sleep(_RESTART_PAUSE_S)
+            await asyncio.sleep(next(self._pauses))
             try:
-                self._worker = await Worker(self._config).__aenter__()
+                self._worker = await Worker(self._config, self._patience.answer_s).__aenter__()
             except WorkerDied as error:
                 logger.error("the worker died while starting: %s", error)
                 continue
@@ -151,9 +182,9 @@ class Engine:
         plan: StepPlan,
         ids: tuple[str, ...],
         begun: float,
-        seconds: float,
-        events: list[TokenEvent],
-        failed: list[str],
+        seconds: float | None = None,
+        events: list[TokenEvent] | None = None,
+        given_up: list[Failure] | None = None,
     ) -> None:
         batcher, now = self.batcher, self._clock()
         decodes = sum(1 for row in plan.rows if not row.tokens)
@@ -161,8 +192,8 @@ class Engine:
             StepReport(
                 step=plan.step,
                 at=now,
-                seconds=seconds,
-                gap_s=now - begun - seconds,
+                seconds=seconds or 0.0,
+                gap_s=now - begun - (seconds or 0.0),
                 rows=ids,
                 prefill_tokens=sum(row.length for row in plan.rows) - decodes,
                 decode_tokens=decodes,
@@ -173,7 +204,8 @@ class Engine:
                 recomputed_tokens=batcher.counters.recomputed_tokens,
                 late_tokens=batcher.counters.late_tokens,
                 worker_restarts=self.worker_restarts,
-                events=events,
-                failed=failed,
+                ok=seconds is not None,
+                events=events or [],
+                given_up=given_up or [],
             )
         )

@@ -1,13 +1,14 @@
-"""The worker process as the scheduler sees it: started, told plans, answering results; it may die at any time."""
+"""The worker process as the scheduler sees it: started, told plans, answering results; it may die or hang at any time."""
 
 import asyncio
 import os
 import sys
+import time
 from types import TracebackType
 from typing import Self
 
 from protocol import plan
-from protocol.plan import Reply, StepFailure, StepPlan, StepResult, WorkerConfig, WorkerInfo
+from protocol.plan import Command, Ping, Pong, Reply, StepFailure, StepPlan, StepResult, WorkerConfig, WorkerInfo
 
 _STOP_S = 5.0
 
@@ -17,7 +18,7 @@ _ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 
 
 class WorkerDied(Exception):
-    """The process ended, or never became ready."""
+    """The process ended, was killed because it didn't answer in time, or never became ready."""
 
 
 class WorkerRefused(Exception):
@@ -27,13 +28,15 @@ class WorkerRefused(Exception):
 class Worker:
     """One process; use as ``async with Worker(config) as worker``. Entering waits until it is ready.
 
-    Raises WorkerRefused or WorkerDied.
+    It has ``patience_s`` to answer. Raises WorkerRefused or WorkerDied.
     """
 
     info: WorkerInfo
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, patience_s: float) -> None:
         self._config = config
+        self._patience_s = patience_s
+        self._asked_at: float | None = None
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
@@ -61,15 +64,37 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def owes_since_s(self) -> float:
+        """For how long an answer has been due."""
+        return 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
+
     async def step(self, step: StepPlan) -> StepResult | StepFailure:
         """Execute one plan. Raises WorkerDied."""
-        self._send(step)
-        answer = await self._receive()
+        answer = await self._ask(step)
         if not isinstance(answer, StepResult | StepFailure):
             raise WorkerDied(f"the worker answered {type(answer).__name__} to a plan")
         return answer
 
-    def _send(self, message: WorkerConfig | StepPlan) -> None:
+    async def ping(self) -> None:
+        """Have it say that it is there. Raises WorkerDied."""
+        answer = await self._ask(Ping())
+        if not isinstance(answer, Pong):
+            raise WorkerDied(f"the worker answered {type(answer).__name__} to a ping")
+
+    async def _ask(self, command: Command) -> Reply:
+        self._asked_at = time.monotonic()
+        try:
+            self._send(command)
+            async with asyncio.timeout(self._patience_s):
+                return await self._receive()
+        except TimeoutError:
+            self._process.kill()
+            raise WorkerDied(f"the worker gave no answer within {self._patience_s:g} s and was killed") from None
+        finally:
+            self._asked_at = None
+
+    def _send(self, message: WorkerConfig | Command) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(plan.frame(message))
 

@@ -40,7 +40,8 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
         return
     _write(replies, info)
     while (body := _read(requests)) is not None:
-        _write(replies, execute(runner, plan.decode_plan(body)))
+        command = plan.decode_command(body)
+        _write(replies, plan.Pong() if isinstance(command, plan.Ping) else execute(runner, command))
 
 
 def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:

@@ -9,14 +9,18 @@ decodes and chunks of prompts (Agrawal et al., "Sarathi-Serve", OSDI'24):
 3. waiting sequences are let in, first come first served, while budget, slots and blocks last.
 
 Plans may be made ahead of results: a decode needs no token value here, since the worker keeps the last one.
+
+After a step that failed only those who were in it run, half of them at a time, until the one at fault is alone.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import compress
 
 from protocol.plan import Admission, Row, StepPlan
 from scheduler.core.blocks import BlockPool
 from scheduler.core.sequence import FinishReason, Sequence, State
+from scheduler.core.suspects import Suspects
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,18 @@ class Counters:
 
 @dataclass(slots=True)
 class _Draft:
-    """A plan in the making, and whose each sampled token will be."""
+    """A plan in the making, and whose each row is."""
 
+    step: int
     budget: int
     admissions: list[Admission] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    samplers: list[Sequence] = field(default_factory=list)
+    members: list[Sequence] = field(default_factory=list)
+
+    @property
+    def samplers(self) -> list[Sequence]:
+        """Whose each sampled token will be."""
+        return list(compress(self.members, (row.sample for row in self.rows)))
 
 
 class Batcher:
@@ -78,7 +88,8 @@ class Batcher:
         self._waiting: deque[Sequence] = deque()
         self._sequences: dict[str, Sequence] = {}
         self._free_slots = list(range(limits.max_running - 1, -1, -1))
-        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
+        self._in_flight: deque[_Draft] = deque()
+        self._suspects = Suspects()
         self._step = 0
 
     @property
@@ -113,33 +124,35 @@ class Batcher:
         else:
             self._waiting.remove(sequence)
         sequence.state = State.ENDED
+        self._suspects.forget(id)
         return sequence
 
     def plan(self) -> StepPlan | None:
         """Fill the next step; None when there is nothing to compute."""
-        draft = _Draft(self.limits.max_batch_tokens)
-        preempted = self._plan_decodes(draft)
-        self._plan_prefills(draft)
-        if not preempted:
-            self._admit_waiting(draft)
+        draft = self._draft()
+        if not draft.rows and self._suspects and not self._in_flight:
+            self._make_room_for_suspects()
+            draft = self._draft()
         if not draft.rows:
             return None
-        plan = StepPlan(self._step, draft.admissions, draft.rows)
-        self._in_flight.append((self._step, draft.samplers))
+        self._in_flight.append(draft)
         self._step += 1
-        return plan
+        return StepPlan(draft.step, draft.admissions, draft.rows)
 
     def row_ids(self, plan: StepPlan) -> list[str]:
-        """Whose each row of the latest plan is."""
-        by_slot = {sequence.slot: sequence.id for sequence in self.running}
-        return [by_slot[row.slot] for row in plan.rows]
+        """Whose each row of a plan in flight is."""
+        return next([member.id for member in draft.members] for draft in self._in_flight if draft.step == plan.step)
 
     def apply(self, step: int, tokens: list[int]) -> list[TokenEvent]:
         """Take the tokens a step sampled. Steps are applied in the order they were planned; raises ValueError if not."""
-        planned, samplers = self._in_flight[0] if self._in_flight else (None, [])
-        if planned != step or len(samplers) != len(tokens):
-            raise ValueError(f"result of step {step} with {len(tokens)} tokens; {planned} with {len(samplers)} was due")
+        due = self._in_flight[0] if self._in_flight else _Draft(-1, 0)
+        samplers = due.samplers
+        if due.step != step or len(samplers) != len(tokens):
+            raise ValueError(
+                f"result of step {step} with {len(tokens)} tokens; {due.step} with {len(samplers)} was due"
+            )
         self._in_flight.popleft()
+        self._acquit(due)
         events = []
         for sequence, token in zip(samplers, tokens, strict=True):
             if sequence.state is State.ENDED:
@@ -151,6 +164,24 @@ class Batcher:
             events.append(TokenEvent(sequence.id, token, finish))
         return events
 
+    def fail(self, *, lost: bool) -> list[Sequence]:
+        """The oldest step in flight failed, so all of them are void; ``lost``: with all that the worker had in memory.
+
+        Returns the sequences that were in it: when it was a single one, that one is at fault.
+        """
+        failed = self._in_flight[0]
+        if lost:
+            self.restart()
+        else:
+            self._retract()
+        marks = {}
+        for sequence, row in zip(failed.members, failed.rows, strict=True):
+            if sequence.state is not State.ENDED:
+                sequence.failures += 1
+                marks[sequence.id] = row.start + row.length
+        self._suspects.accuse(marks)
+        return [self._sequences[id] for id in marks]
+
     def restart(self) -> None:
         """The worker lost its memory: every running sequence waits again, planned steps are void."""
         self._in_flight.clear()
@@ -159,11 +190,39 @@ class Batcher:
         for sequence in self._waiting:
             sequence.unseen = 0
 
+    def _retract(self) -> None:
+        """Undo what was planned; the blocks stay with their owners. What the worker took in of it is anyone's guess."""
+        while self._in_flight:
+            draft = self._in_flight.pop()
+            for sequence, row in zip(draft.members, draft.rows, strict=True):
+                sequence.unseen -= row.sample
+                if sequence.state is State.RUNNING:
+                    sequence.computed = row.start
+                    sequence.untell()
+
+    def _acquit(self, passed: _Draft) -> None:
+        for sequence, row in zip(passed.members, passed.rows, strict=True):
+            if not self._suspects or self._suspects.clear(sequence.id, row.start + row.length):
+                sequence.failures = 0
+
+    def _make_room_for_suspects(self) -> None:
+        for sequence in reversed(list(self.running)):
+            if not self._suspects.may_run(sequence.id):
+                self._preempt(sequence)
+
+    def _draft(self) -> _Draft:
+        draft = _Draft(self._step, self.limits.max_batch_tokens)
+        preempted = self._plan_decodes(draft)
+        self._plan_prefills(draft)
+        if not preempted:
+            self._admit_waiting(draft)
+        return draft
+
     def _plan_decodes(self, draft: _Draft) -> bool:
         """Give each decoding sequence its token; says whether any sequence was preempted for it."""
         before = self.counters.preemptions
         for sequence in list(self.running):
-            if sequence.state is not State.RUNNING or sequence.uncomputed != 1 or sequence.is_exhausted:
+            if sequence.uncomputed != 1 or sequence.is_exhausted or not self._may_run(sequence):
                 continue
             while self._lacks_block(sequence) and not self.pool.num_free:
                 self._preempt(self.running[-1])
@@ -175,28 +234,35 @@ class Batcher:
 
     def _plan_prefills(self, draft: _Draft) -> None:
         for sequence in self.running:
-            if draft.budget and sequence.uncomputed > 1:
+            if draft.budget and sequence.uncomputed > 1 and self._may_run(sequence):
                 self._add_row(draft, sequence, min(sequence.uncomputed, draft.budget))
 
     def _admit_waiting(self, draft: _Draft) -> None:
-        while self._waiting and draft.budget and self._free_slots:
-            sequence = self._waiting[0]
+        while draft.budget and self._free_slots and (sequence := self._next_waiting()) is not None:
             needed = self.pool.blocks_for(len(sequence.tokens))
             # One block is left for each running sequence, else the newcomer would soon preempt or be preempted.
             if sequence.unseen or needed + len(self.running) > self.pool.num_free:
                 return
-            self._waiting.popleft()
+            self._waiting.remove(sequence)
             self._admit(draft, sequence, needed)
+
+    def _next_waiting(self) -> Sequence | None:
+        return next((sequence for sequence in self._waiting if self._suspects.may_run(sequence.id)), None)
+
+    def _may_run(self, sequence: Sequence) -> bool:
+        return sequence.state is State.RUNNING and self._suspects.may_run(sequence.id)
 
     def _admit(self, draft: _Draft, sequence: Sequence, needed: int) -> None:
         sequence.state = State.RUNNING
         sequence.blocks = self.pool.allocate(needed)
         sequence.slot = self._free_slots.pop()
         self.running.append(sequence)
-        draft.admissions.append(Admission(sequence.slot, sequence.sampling))
         self._add_row(draft, sequence, min(sequence.uncomputed, draft.budget))
 
     def _add_row(self, draft: _Draft, sequence: Sequence, length: int) -> None:
+        if not sequence.told:
+            sequence.told = True
+            draft.admissions.append(Admission(sequence.slot, sequence.sampling))
         start = sequence.computed
         known = [] if sequence.slot_has_last_token else sequence.tokens[start : start + length]
         sequence.computed += length
@@ -204,11 +270,11 @@ class Batcher:
         new_blocks = sequence.blocks[sequence.sent_blocks :]
         sequence.sent_blocks = len(sequence.blocks)
         draft.rows.append(Row(sequence.slot, start, length, known, new_blocks, samples))
+        draft.members.append(sequence)
         draft.budget -= length
         if samples:
             sequence.unseen += 1
             sequence.slot_has_last_token = True
-            draft.samplers.append(sequence)
 
     def _lacks_block(self, sequence: Sequence) -> bool:
         return self.pool.blocks_for(sequence.computed + 1) > len(sequence.blocks)

@@ -1,5 +1,6 @@
 """One generation: its tokens, where their KV lies, how far it is computed, and why it ended."""
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import Literal
 
@@ -20,12 +21,14 @@ class Sequence:
     """``tokens`` is the prompt, then every generated token seen so far.
 
     ``computed`` counts the leading positions whose KV is computed or planned; ``unseen`` the tokens a planned step will
-    sample (0 or 1 with one step in flight at a time, up to one more per step planned ahead).
+    sample (0 or 1 with one step in flight at a time, up to one more per step planned ahead). ``failures`` counts the steps
+    with it that failed, since one passed. ``output`` given at the start was generated before, by another process.
     """
 
     __slots__ = (
         "blocks",
         "computed",
+        "failures",
         "id",
         "max_tokens",
         "prompt_len",
@@ -36,6 +39,7 @@ class Sequence:
         "state",
         "stop_ids",
         "tokens",
+        "told",
         "unseen",
     )
 
@@ -47,11 +51,12 @@ class Sequence:
         max_tokens: int,
         stop_ids: frozenset[int] = frozenset(),
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen, so one shared default is safe
+        output: Iterable[int] = (),
     ) -> None:
         if not prompt or max_tokens < 1:
             raise ValueError("a sequence needs at least one prompt token and one token to generate")
         self.id = id
-        self.tokens = list(prompt)
+        self.tokens = [*prompt, *output]
         self.prompt_len = len(prompt)
         self.max_tokens = max_tokens
         self.stop_ids = stop_ids
@@ -60,11 +65,28 @@ class Sequence:
         self.slot = -1
         self.blocks: list[int] = []
         self.unseen = 0
+        self.failures = 0
         self.restart()
+
+    def again(self) -> "Sequence":
+        """The same one, with its tokens so far, to be submitted anew."""
+        return Sequence(
+            self.id,
+            self.tokens[: self.prompt_len],
+            max_tokens=self.max_tokens,
+            stop_ids=self.stop_ids,
+            sampling=self.sampling,
+            output=self.output,
+        )
 
     def restart(self) -> None:
         """Forget what was computed; the tokens stay, to be computed again."""
         self.computed = 0
+        self.untell()
+
+    def untell(self) -> None:
+        """The worker is to be told anew of its sampling parameters, its blocks and its last token."""
+        self.told = False
         self.sent_blocks = 0
         self.slot_has_last_token = False
 

@@ -48,7 +48,7 @@ async def collect(engine: Engine, ids: set[str], on_report=None) -> dict[str, li
     try:
         while left:
             report = await engine.reports.get()
-            assert not report.failed
+            assert not report.given_up
             for event in report.events:
                 outputs[event.id].append(event.token)
                 if event.finish:
@@ -131,5 +131,5 @@ async def test_a_killed_worker_costs_nobody_a_token(tiny_model):
 async def test_a_worker_refuses_with_the_reason(tmp_path):
     save(tiny("mamba"), tmp_path)
     with pytest.raises(WorkerRefused, match=r"mamba .*(recurrent state|layers of type)"):
-        async with Worker(tiny_config(str(tmp_path)).worker()):
+        async with Worker(tiny_config(str(tmp_path)).worker(), patience_s=60):
             pass

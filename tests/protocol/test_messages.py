@@ -123,7 +123,7 @@ def test_frames_round_trip():
     frame = plan.frame(step)
     body = frame[plan.HEADER_BYTES :]
     assert plan.body_length(frame[: plan.HEADER_BYTES]) == len(body)
-    assert plan.decode_plan(body) == step
+    assert plan.decode_command(body) == step
     failure = plan.StepFailure(3, "boom")
     assert plan.decode_reply(plan.frame(failure)[plan.HEADER_BYTES :]) == failure
 

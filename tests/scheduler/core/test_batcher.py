@@ -54,7 +54,7 @@ def test_eos_frees_blocks_and_slot_in_that_iteration_and_a_waiting_one_is_in_the
     (event,) = batcher.apply(plan.step, [EOS])
     assert (event.id, event.finish) == ("a", "stop")
     assert batcher.pool.num_free == batcher.pool.num_blocks
-    following, _ = step(batcher)
+    following = batcher.plan()
     assert batcher.row_ids(following) == ["b"]
     assert following.admissions[0].slot == following.rows[0].slot == plan.rows[0].slot
 
@@ -80,7 +80,7 @@ def test_youngest_is_preempted_when_blocks_run_out_and_goes_on_later_with_all_it
     kept = list(young.tokens)
     while old.state is not State.ENDED:
         step(batcher)
-    plan, _ = step(batcher)
+    plan = batcher.plan()
     assert batcher.row_ids(plan) == ["young"]
     assert plan.rows[0].tokens == kept
     assert old.output == [7] * 9
@@ -121,6 +121,68 @@ def test_restart_computes_everything_again():
     assert [row.tokens for row in again.rows] == [[10, 11, 12, 7]] * 2
     with pytest.raises(ValueError, match=f"result of step {lost.step}"):
         batcher.apply(lost.step, [1, 1])
+
+
+def trial(batcher: Batcher, poison: str, *, lost: bool) -> list[list[str]]:
+    """Step until the poisonous one is alone; who was in each step."""
+    steps = []
+    while True:
+        plan = batcher.plan()
+        ids = batcher.row_ids(plan)
+        steps.append(ids)
+        if poison not in ids:
+            batcher.apply(plan.step, [7] * sum(row.sample for row in plan.rows))
+        elif len(batcher.fail(lost=lost)) == 1:
+            return steps
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_failing_step_is_halved_down_to_its_culprit_and_the_others_repeat_it(lost):
+    batcher = make(running=8, budget=64)
+    for id in "abcdefgh":
+        batcher.submit(sequence(id, 3))
+    step(batcher)
+    batcher.submit(sequence("late", 3))
+    steps = trial(batcher, "f", lost=lost)
+    halves = [list(ids) for ids in ("abcdefgh", "abcd", "efgh", "ef", "e", "f")]
+    assert steps == halves
+    assert batcher.end("f").failures == 4
+    plan = batcher.plan()
+    assert batcher.row_ids(plan) == ["g", "h"]
+    batcher.apply(plan.step, [7, 7])
+    plan = batcher.plan()
+    assert sorted(batcher.row_ids(plan)) == ["a", "b", "c", "d", "e", "g", "h", "late"]
+    if not lost:
+        assert [row.length for row in plan.rows] == [1] * 7 + [3], "nobody's KV had to be computed again"
+
+
+def test_a_step_that_fails_once_costs_nobody_anything():
+    batcher = make()
+    one, other = sequence("a", 3), sequence("b", 3)
+    batcher.submit(one)
+    batcher.submit(other)
+    step(batcher)
+    batcher.plan()
+    assert batcher.fail(lost=False) == [one, other]
+    for name in ("a", "b"):
+        plan = batcher.plan()
+        assert batcher.row_ids(plan) == [name]
+        assert [(row.start, row.tokens) for row in plan.rows] == [(3, [7])], "told anew, computed from where it was"
+        assert len(plan.admissions) == 1
+        batcher.apply(plan.step, [7])
+    assert (one.failures, other.failures) == (0, 0)
+    assert len(step(batcher)[0].rows) == 2
+
+
+def test_those_who_are_not_on_trial_make_room_for_those_who_are():
+    batcher = make(running=4, budget=16, blocks=4, size=4, longest=16)
+    batcher.submit(sequence("a", 4, 12))
+    batcher.submit(sequence("b", 4, 12))
+    while not batcher.counters.preemptions:
+        step(batcher)
+    batcher.plan()
+    batcher.fail(lost=True)
+    assert trial(batcher, "b", lost=False)[-1] == ["b"]
 
 
 def test_refuses_what_could_never_finish():

@@ -15,30 +15,40 @@ EOS = 1
 
 
 class Worker:
-    """What a worker knows of each slot, and what it may rightly be told. KV is a list of the token at every position."""
+    """What a worker holds: a block table and the last token of each slot, and the token at every place of its KV blocks."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.tables: dict[int, list[int]] = {}
-        self.kv: dict[int, list[int]] = {}
+        self.kv: dict[tuple[int, int], int] = {}
         self.last: dict[int, int] = {}
+        self.computed: dict[int, int | None] = {}
 
     def run(self, plan: StepPlan, sample) -> list[int]:
         for admission in plan.admissions:
-            self.tables[admission.slot], self.kv[admission.slot] = [], []
+            self.tables[admission.slot] = []
+            self.computed[admission.slot] = None
             self.last.pop(admission.slot, None)
         tokens = []
         for row in plan.rows:
-            table, kv = self.tables[row.slot], self.kv[row.slot]
-            table += row.new_blocks
-            assert row.start == len(kv), "no position is computed twice or left out"
-            kv += row.tokens or [self.last[row.slot]]
-            assert len(kv) == row.start + row.length
-            assert -(-len(kv) // self.block_size) <= len(table), "every position has a block"
+            self.tables[row.slot] += row.new_blocks
+            assert row.start == (self.computed[row.slot] or row.start), "no position is computed twice or left out"
+            self.computed[row.slot] = end = row.start + row.length
+            for position, token in zip(range(row.start, end), row.tokens or [self.last[row.slot]], strict=True):
+                self.kv[self._place(row.slot, position)] = token
             if row.sample:
-                self.last[row.slot] = sample(kv)
+                self.last[row.slot] = sample([self.kv[self._place(row.slot, position)] for position in range(end)])
                 tokens.append(self.last[row.slot])
         return tokens
+
+    def _place(self, slot: int, position: int) -> tuple[int, int]:
+        return self.tables[slot][position // self.block_size], position % self.block_size
+
+    def damage(self, slots: set[int]) -> None:
+        """A step with these failed somewhere: nothing that it should have changed can be relied on."""
+        for slot in slots & set(self.tables):
+            self.tables[slot].append(0)
+            self.last[slot] = -1
 
 
 class Histories(RuleBasedStateMachine):
@@ -58,13 +68,14 @@ class Histories(RuleBasedStateMachine):
         self.sequences: dict[str, Sequence] = {}
         self.emitted: dict[str, list[int]] = {}
         self.ended: set[str] = set()
+        self.poison: dict[str, int] = {}
 
     def sample(self, kv: list[int]) -> int:
         """A token that depends on the whole history, as a model's would; sometimes EOS."""
         return hash(tuple(kv)) % 17
 
-    @rule(prompt=st.integers(1, 12), max_tokens=st.integers(1, 10))
-    def submit(self, prompt, max_tokens):
+    @rule(prompt=st.integers(1, 12), max_tokens=st.integers(1, 10), poison=st.none() | st.integers(0, 12))
+    def submit(self, prompt, max_tokens, poison):
         prompt = min(prompt, self.room - 1)
         max_tokens = min(max_tokens, self.room - prompt)
         if prompt < 1 or max_tokens < 1:
@@ -74,6 +85,8 @@ class Histories(RuleBasedStateMachine):
         sequence = Sequence(id, tokens, max_tokens=max_tokens, stop_ids=frozenset({EOS}))
         self.sequences[id] = sequence
         self.emitted[id] = []
+        if poison is not None and len(self.poison) < 2:
+            self.poison[id] = poison
         self.batcher.submit(sequence)
 
     @rule()
@@ -90,11 +103,42 @@ class Histories(RuleBasedStateMachine):
         chunks = [len(row.tokens) > 1 or (bool(row.tokens) and row.start == 0) for row in plan.rows]
         assert chunks == sorted(chunks), "decodes come first"
         # The device runs steps in order, so what it samples is known here; the batcher hears of it later.
-        self.in_flight.append((plan, self.worker.run(plan, self.sample)))
+        # After one that fails it is of no consequence what the worker makes of those that follow.
+        fails = any(tokens is None for _, tokens in self.in_flight) or self.is_poisonous(plan)
+        self.in_flight.append((plan, None if fails else self.worker.run(plan, self.sample)))
+
+    def is_poisonous(self, plan) -> bool:
+        return any(
+            row.start + row.length > self.poison.get(id, 1000)
+            for id, row in zip(self.batcher.row_ids(plan), plan.rows, strict=True)
+        )
+
+    def fail(self, *, lost):
+        """The step whose result is due failed; the one at fault is given up the second time it is caught alone."""
+        poisonous = self.is_poisonous(self.in_flight[0][0])
+        slots = {row.slot for plan, _ in self.in_flight for row in plan.rows}
+        self.in_flight.clear()
+        failed = self.batcher.fail(lost=lost)
+        if lost:
+            self.worker = Worker(self.batcher.pool.block_size)
+        else:
+            self.worker.damage(slots)
+        if poisonous and len(failed) == 1 and failed[0].failures >= 2:
+            assert failed[0].id in self.poison
+            self.batcher.end(failed[0].id)
+            self.ended.add(failed[0].id)
+
+    @precondition(lambda self: self.in_flight)
+    @rule(lost=st.booleans())
+    def transient_failure(self, lost):
+        self.fail(lost=lost)
 
     @precondition(lambda self: self.in_flight)
     @rule()
     def apply(self):
+        if self.in_flight[0][1] is None:
+            self.fail(lost=False)
+            return
         plan, tokens = self.in_flight.popleft()
         free = self.batcher.pool.num_free
         events = self.batcher.apply(plan.step, tokens)
