@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _SESSION_EXPIRY_S = 300
 #: Not accepted after about this long, a request is sent again, then at growing intervals.
 _RESEND_AFTER_S = 1.0
+_RESEND_AT_LEAST_EVERY_S = 5.0
 _GOODBYE_S = 2.0
 #: Where a tenant's name stands in other topics.
 _SERVICE = topics.tenant_of(topics.STATUS)
@@ -49,10 +50,11 @@ class RequestCancelled(Exception):
 class Client:
     """A tenant's connection to the service; use as ``async with``, for any number of requests at once.
 
-    ``url`` is ``mqtt://[user@]host[:port]`` or ``mqtts://…``. A request that isn't accepted is sent again, under the
-    same id, until ``accept_timeout_s`` is over, and once more after every reconnect: the service answers a repeated id
-    with the running generation or the stored result. Entering raises what Transport's entering raises. Leaving cancels
-    what still runs.
+    ``url`` is ``mqtt://[user@]host[:port]`` or ``mqtts://…``; the files are as in BrokerAddress. A request that isn't
+    accepted is sent again, under the same id, until ``accept_timeout_s`` is over, and once more after every reconnect:
+    the service answers a repeated id with the running generation or the stored result. Making one raises ValueError (a
+    TopicError for a tenant outside the grammar), entering raises what Transport's entering raises. Leaving cancels what
+    still runs.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class Client:
         username: str | None = None,
         password: str | None = None,
         ca_file: str | None = None,
+        cert_file: str | None = None,
+        key_file: str | None = None,
         accept_timeout_s: float = 30.0,
         connect_timeout_s: float = 30.0,
     ) -> None:
@@ -70,8 +74,10 @@ class Client:
         # Replies come to topics of this client's own, so that several clients of one tenant don't hear each other.
         self._id = uuid.uuid4().hex[:16]
         self._transport = Transport(
-            BrokerAddress.parse(url, username=username, password=password, ca_file=ca_file),
-            subscriptions=[(topics.out(tenant, f"{self._id}/+"), 1), (topics.STATUS, 1)],
+            BrokerAddress.parse(
+                url, username=username, password=password, ca_file=ca_file, cert_file=cert_file, key_file=key_file
+            ),
+            subscriptions=[(topics.answers(tenant, self._id), 1), (topics.STATUS, 1)],
             session_expiry_s=_SESSION_EXPIRY_S,
             connect_timeout_s=connect_timeout_s,
         )
@@ -90,7 +96,7 @@ class Client:
 
     def stream(self, request: Request, *, model: str, request_id: str | None = None) -> "Stream":
         """A generation, sent when it is iterated. Raises TopicError for a name outside the grammar."""
-        request_id = request_id or uuid.uuid4().hex
+        request_id = uuid.uuid4().hex if request_id is None else request_id
         return Stream(
             self._exchange,
             encode_request(request),
@@ -215,7 +221,7 @@ class Stream:
         limit_s = self._exchange.accept_timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                for pause in delays(_RESEND_AFTER_S):
+                for pause in delays(_RESEND_AFTER_S, _RESEND_AT_LEAST_EVERY_S):
                     code = await self._exchange.transport.publish(
                         self._request_topic, self._payload, response_topic=self.response_topic
                     )

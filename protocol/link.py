@@ -3,16 +3,20 @@
 # ruff: noqa: SLF001 (paho has no public way to close a socket at once, or to publish without taking an identifier)
 
 import asyncio
+import logging
+import re
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 import aiomqtt
 import msgspec
+import paho.mqtt.properties
 from aiomqtt.exceptions import MqttConnectError
 from paho.mqtt.client import MQTT_ERR_QUEUE_SIZE, MQTT_ERR_SUCCESS, Client, MQTTMessage, MQTTMessageInfo
 from paho.mqtt.packettypes import PacketTypes
@@ -20,13 +24,23 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+logger = logging.getLogger(__name__)
+
 #: MQTT 5.0, 2.4: reason codes from here on are failures.
 FAILURE = 128
 #: MQTT 5.0, 3.4.2.1: the broker took the message, and nobody is subscribed to its topic.
 NO_SUBSCRIBER = 16
 
+#: Topics on which brokers tell of themselves: good to have, and nothing depends on them.
+_BROKERS_OWN = "$SYS/"
+
 #: CONNACK codes that time may heal: server unavailable, server busy, quota exceeded, connection rate exceeded.
 _PASSING = frozenset({136, 137, 151, 159})
+
+_URL_FORM = "the broker's URL must look like mqtt://user@host:1883 or mqtts://user@host:8883"
+
+#: TLS 1.3 ends a handshake here before the other end has looked at our certificate.
+_CLOSED_EARLY = "the broker closed the connection before a CONNACK; does it want TLS, or another certificate?"
 
 _KEEPALIVE_S = 20
 #: For each of: the TCP and TLS handshakes, the CONNACK, a SUBACK.
@@ -37,6 +51,17 @@ _GOODBYE_S = 2.0
 _MOST_UNSENT_PACKETS = 10_000
 #: Fixed header, topic length and packet identifier: what a packet holds besides topic, properties and payload.
 _PACKET_OVERHEAD_BYTES = 9
+
+#: MQTT 5.0, 1.5.4 and 1.5.6: the longest text and binary data.
+_LONGEST_FIELD_BYTES = 65_535
+#: Mosquitto ends the connection of who publishes to more levels than this.
+_MOST_LEVELS = 200
+#: MQTT 5.0, 1.5.4: brokers end the connection over surrogates and NUL, and may over control characters and non-characters.
+_UNSENDABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef"
+    + "".join(f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0, 0x110000, 0x10000))
+    + "]"
+)
 
 
 class TransportError(Exception):
@@ -51,6 +76,10 @@ class ConnectionRefused(TransportError):
     """The broker answered CONNECT or SUBSCRIBE with a failure that trying again won't change."""
 
 
+class CertificateError(TransportError):
+    """A certificate or key file can't be used; the text names it and says why."""
+
+
 class PayloadTooLarge(TransportError):
     """The message is over the broker's Maximum Packet Size, ``limit`` bytes; it would vanish there without a word."""
 
@@ -61,7 +90,11 @@ class PayloadTooLarge(TransportError):
 
 @dataclass(frozen=True)
 class BrokerAddress:
-    """Where the broker is and who we are there. The password is never shown."""
+    """Where the broker is and who we are there. The password is never shown.
+
+    ``ca_file`` holds the authorities to trust instead of the system's; ``cert_file`` and ``key_file`` are our own
+    certificate and its key, which must not be encrypted (or both in ``cert_file``).
+    """
 
     host: str
     port: int
@@ -69,26 +102,50 @@ class BrokerAddress:
     password: str | None = field(default=None, repr=False)
     tls: bool = False
     ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
 
     @classmethod
     def parse(
-        cls, url: str, *, username: str | None = None, password: str | None = None, ca_file: str | None = None
+        cls,
+        url: str,
+        *,
+        username: str | None = None,
+        password: str | None = None,
+        ca_file: str | None = None,
+        cert_file: str | None = None,
+        key_file: str | None = None,
     ) -> Self:
         """Read ``mqtt://[user@]host[:1883]`` or ``mqtts://[user@]host[:8883]``.
 
         Raises ValueError, whose text never holds the URL: it may hold a password.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in {"mqtt", "mqtts"} or not parts.hostname or parts.path.strip("/"):
-            raise ValueError("the broker's URL must look like mqtt://user@host:1883 or mqtts://user@host:8883")
-        if parts.password is not None:
-            raise ValueError("give the password apart from the broker's URL")
-        tls = parts.scheme == "mqtts"
-        port = parts.port or (8883 if tls else 1883)
-        return cls(parts.hostname, port, username or unquote(parts.username or "") or None, password, tls, ca_file)
+        scheme, host, port, user = _split(url)
+        tls = scheme == "mqtts"
+        if not tls and (ca_file or cert_file or key_file):
+            raise ValueError("certificates are for TLS: the broker's URL must begin with mqtts://")
+        if key_file and not cert_file:
+            raise ValueError("a key file needs its certificate file")
+        port = port or (8883 if tls else 1883)
+        return cls(host, port, username or user, password, tls, ca_file, cert_file, key_file)
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
+
+
+def _split(url: str) -> tuple[str, str, int | None, str | None]:
+    """Scheme, host, port and user. Raises ValueError, in words of our own: urlsplit's may hold a part of the URL."""
+    try:
+        parts = urlsplit(url)
+        port, host = parts.port, parts.hostname
+    except ValueError:
+        raise ValueError(_URL_FORM) from None
+    beyond = parts.path.strip("/") or parts.query or parts.fragment
+    if parts.scheme not in {"mqtt", "mqtts"} or not host or beyond:
+        raise ValueError(_URL_FORM)
+    if parts.password is not None:
+        raise ValueError("give the password apart from the broker's URL")
+    return parts.scheme, host, port, unquote(parts.username or "") or None
 
 
 class Will(msgspec.Struct, frozen=True):
@@ -111,7 +168,10 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Incoming(msgspec.Struct, frozen=True, kw_only=True):
-    """A received message. ``expiry_s`` is what is left of its lifetime; ``epoch`` names the connection it came on."""
+    """A received message. ``expiry_s`` is what is left of its lifetime; ``epoch`` names the connection it came on.
+
+    ``retained``: the broker's copy of an earlier one, which comes with every subscription.
+    """
 
     topic: str
     payload: bytes
@@ -120,6 +180,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True):
     expiry_s: int | None
     qos: int
     duplicate: bool
+    retained: bool
     mid: int
     epoch: int
 
@@ -136,6 +197,7 @@ class Link(aiomqtt.Client):
 
     One object for all connections: a QoS 1 publish that is under way when one breaks is sent again on the next.
     ``epoch`` counts the attempts to connect; ``receive_maximum`` and ``packet_limit`` are what the broker announced.
+    Raises CertificateError.
     """
 
     def __init__(
@@ -144,6 +206,7 @@ class Link(aiomqtt.Client):
         identifier: str,
         will: Will | None,
         session_expiry_s: int,
+        receive_maximum: int,
         *,
         received: Callable[[Incoming], None],
         published: Callable[[int, Reason], None],
@@ -159,8 +222,10 @@ class Link(aiomqtt.Client):
             timeout=_ANSWER_S,
             keepalive=_KEEPALIVE_S,
             clean_start=session_expiry_s == 0,
-            properties=_properties(PacketTypes.CONNECT, SessionExpiryInterval=session_expiry_s),
-            tls_context=_tls_context(address.ca_file) if address.tls else None,
+            properties=_properties(
+                PacketTypes.CONNECT, SessionExpiryInterval=session_expiry_s, ReceiveMaximum=receive_maximum
+            ),
+            tls_context=_tls_context(address) if address.tls else None,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
         self.epoch = 0
@@ -200,7 +265,11 @@ class Link(aiomqtt.Client):
             return
         answers = await self.subscribe([(name, SubscribeOptions(qos=qos)) for name, qos in filters])
         for (name, _), answer in zip(filters, answers, strict=True):
-            if isinstance(answer, ReasonCode) and answer.value >= FAILURE:
+            if not isinstance(answer, ReasonCode) or answer.value < FAILURE:
+                continue
+            if name.startswith(_BROKERS_OWN):
+                logger.info("the broker tells us nothing of itself: no subscription to %s (%s)", name, answer)
+            else:
                 raise ConnectionRefused(f"the broker refused the subscription to {name}: {answer}")
 
     async def lost(self) -> str:
@@ -243,13 +312,22 @@ class Link(aiomqtt.Client):
         )
         return sent == MQTT_ERR_SUCCESS
 
-    def acknowledge(self, incoming: Incoming) -> None:
+    def acknowledge(self, incoming: Incoming) -> bool:
         """Send the PUBACK, unless the message came on an earlier connection: there its identifier meant another one."""
-        if incoming.epoch == self.epoch:
-            self._client.ack(incoming.mid, incoming.qos)
+        if incoming.epoch != self.epoch:
+            return False
+        self._client.ack(incoming.mid, incoming.qos)
+        return True
 
-    def check_size(self, message: Outgoing) -> None:
-        """Raises PayloadTooLarge."""
+    def check(self, message: Outgoing) -> None:
+        """Whether it can be sent: one that can't would end this connection and, sent again, each that follows.
+
+        Raises ValueError or PayloadTooLarge.
+        """
+        _check_topic(message.topic)
+        _check_text("the Response Topic", message.response_topic or "")
+        if len(message.correlation or b"") > _LONGEST_FIELD_BYTES:
+            raise ValueError(f"Correlation Data must have at most {_LONGEST_FIELD_BYTES} bytes")
         if self.packet_limit is None:
             return
         size = _PACKET_OVERHEAD_BYTES + len(message.topic.encode()) + len(message.payload)
@@ -269,7 +347,7 @@ class Link(aiomqtt.Client):
         self, client: Client, userdata: Any, flags: Any, reason_code: ReasonCode, properties: Properties | None = None
     ) -> None:
         if not self._connected.done():  # aiomqtt would go on waiting for the CONNACK
-            self._connected.set_exception(aiomqtt.MqttError("the broker closed the connection before a CONNACK"))
+            self._connected.set_exception(aiomqtt.MqttError(_CLOSED_EARLY))
         super()._on_disconnect(client, userdata, flags, reason_code, properties)
 
     def _on_socket_register_write(self, client: Client, _userdata: Any, sock: Any) -> None:
@@ -293,6 +371,7 @@ class Link(aiomqtt.Client):
                 expiry_s=getattr(message.properties, "MessageExpiryInterval", None),
                 qos=message.qos,
                 duplicate=bool(message.dup),
+                retained=bool(message.retain),
                 mid=message.mid,
                 epoch=self.epoch,
             )
@@ -315,10 +394,33 @@ class _TidySocket(ssl.SSLSocket):
             raise
 
 
-def _tls_context(ca_file: str | None) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=ca_file)
+def _tls_context(address: BrokerAddress) -> ssl.SSLContext:
+    for file in (address.ca_file, address.cert_file, address.key_file):
+        _check_readable(file)
+    try:
+        context = ssl.create_default_context(cafile=address.ca_file)
+    except ssl.SSLError as error:
+        raise CertificateError(f"{address.ca_file} holds no certificate in PEM: {error.reason or error}") from None
+    if address.cert_file is not None:
+        try:
+            # The empty password has an encrypted key refused; with none OpenSSL would ask for it on the terminal.
+            context.load_cert_chain(address.cert_file, address.key_file, password="")
+        except ssl.SSLError as error:
+            files = " and ".join(filter(None, (address.cert_file, address.key_file)))
+            raise CertificateError(
+                f"{files} must be a certificate and its own, unencrypted key in PEM: {error.reason or error}"
+            ) from None
     context.sslsocket_class = _TidySocket
     return context
+
+
+def _check_readable(file: str | None) -> None:
+    """ssl's own error wouldn't say which of the files it is. Raises CertificateError."""
+    if file is not None:
+        try:
+            Path(file).read_bytes()
+        except OSError as error:
+            raise CertificateError(f"{file} can't be read: {error.strerror}") from None
 
 
 def _check_not_lost(lost: asyncio.Future[None]) -> None:
@@ -341,6 +443,25 @@ def _translate(error: aiomqtt.MqttError) -> TransportError:
     return BrokerUnreachable(str(error))
 
 
+def _check_topic(topic: str) -> None:
+    """Raises ValueError."""
+    if not topic:
+        raise ValueError("the topic must not be empty")
+    if "+" in topic or "#" in topic:
+        raise ValueError("the topic must not contain wildcards")
+    if topic.count("/") >= _MOST_LEVELS:
+        raise ValueError(f"the topic must have at most {_MOST_LEVELS} levels")
+    _check_text("the topic", topic)
+
+
+def _check_text(name: str, text: str) -> None:
+    """Raises ValueError."""
+    if _UNSENDABLE.search(text):
+        raise ValueError(f"{name} must not contain control characters, surrogates or non-characters")
+    if len(text.encode()) > _LONGEST_FIELD_BYTES:
+        raise ValueError(f"{name} must have at most {_LONGEST_FIELD_BYTES} bytes")
+
+
 def _publish_properties(message: Outgoing) -> Properties | None:
     return _properties(
         PacketTypes.PUBLISH,
@@ -359,3 +480,18 @@ def _properties(packet: int, **values: str | bytes | int | None) -> Properties |
     for name, value in given.items():
         setattr(properties, name, value)
     return properties
+
+
+def _read_text(buffer: bytes, length_left: int) -> tuple[str, int]:
+    """The text at the beginning of ``buffer`` and the bytes it takes. Raises ValueError, which paho turns into its own.
+
+    In the place of paho's own, which takes U+FEFF for malformed. It isn't (MQTT 5.0, 1.5.4.1), so brokers pass it on, and
+    one message with it in any property would end every connection it is delivered on.
+    """
+    size = int.from_bytes(buffer[:2])
+    if not 2 <= 2 + size <= length_left:
+        raise ValueError("a text is longer than the properties it is in")
+    return buffer[2 : 2 + size].decode(), 2 + size
+
+
+paho.mqtt.properties.readUTF = _read_text

@@ -3,7 +3,8 @@
     tokenbus/v1/{tenant}/req/{model}/{request_id}   tenant  -> service   a request
     tokenbus/v1/{tenant}/cancel/{request_id}        tenant  -> service   a cancellation
     tokenbus/v1/{tenant}/out/{request_id}           service -> tenant    accepted, chunks, result or error
-    tokenbus/v1/_svc/{replica}/status               service, retained    online / offline
+    tokenbus/v1/{tenant}/dead/{request_id}          service -> tenant    a request that was quarantined
+    tokenbus/v1/_svc/{replica}/status               service, retained    online / draining / offline
 
 The tenant is always the third level, which the broker's ACL ties to the authenticated user. Names (tenant, model, request
 id) match ``[A-Za-z0-9_.-]{1,64}`` and, because the service answers under names of its own, don't begin with ``_``.
@@ -23,6 +24,8 @@ UNADDRESSED = "_invalid"
 
 #: MQTT 5.0, 4.7.3: topics are at most 65,535 bytes; ours are far shorter, and so must a Response Topic be.
 MAX_TOPIC_BYTES = 512
+#: Mosquitto ends the connection of who publishes to more than 200 levels: a tenant could have it end the service's.
+MAX_TOPIC_LEVELS = 32
 
 _NAME = re.compile(r"[A-Za-z0-9.-][A-Za-z0-9_.-]{0,63}")
 NAME_RULE = "1 to 64 characters of A-Z a-z 0-9 . - _ and no leading _"
@@ -75,6 +78,15 @@ def out(tenant: str, name: str) -> str:
     return f"{ROOT}/{tenant}/out/{name}"
 
 
+def dead(tenant: str, request_id: str) -> str:
+    return f"{ROOT}/{tenant}/dead/{request_id}"
+
+
+def answers(tenant: str, client: str) -> str:
+    """Filter for the answers to one client of a tenant. Raises TopicError for a tenant outside the grammar."""
+    return f"{ROOT}/{_check_name('tenant', tenant)}/out/{client}/+"
+
+
 def status(replica: str) -> str:
     return f"{ROOT}/_svc/{replica}/status"
 
@@ -112,8 +124,13 @@ def own_response_topic(tenant: str, response_topic: str) -> str:
     prefix = f"{ROOT}/{tenant}/out/"
     if not response_topic.startswith(prefix) or response_topic == prefix:
         raise TopicError("response_topic", f"must lie under {prefix}")
-    if any(character in response_topic for character in "+#\0"):
-        raise TopicError("response_topic", "must not contain wildcards or null characters")
+    if "+" in response_topic or "#" in response_topic:
+        raise TopicError("response_topic", "must not contain wildcards")
+    # Brokers differ in what they let through, and may end our connection over what another of them let in.
+    if not response_topic.isprintable():
+        raise TopicError("response_topic", "must not contain characters that can't be printed")
+    if response_topic.count("/") >= MAX_TOPIC_LEVELS:
+        raise TopicError("response_topic", f"must have at most {MAX_TOPIC_LEVELS} levels")
     if len(response_topic.encode()) > MAX_TOPIC_BYTES:
         raise TopicError("response_topic", f"must be at most {MAX_TOPIC_BYTES} bytes")
     return response_topic

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Self
@@ -12,6 +13,7 @@ from protocol.link import (
     NO_SUBSCRIBER,
     BrokerAddress,
     BrokerUnreachable,
+    CertificateError,
     ConnectionRefused,
     Incoming,
     Link,
@@ -26,6 +28,7 @@ __all__ = [
     "NO_SUBSCRIBER",
     "BrokerAddress",
     "BrokerUnreachable",
+    "CertificateError",
     "ConnectionRefused",
     "Incoming",
     "PayloadTooLarge",
@@ -39,10 +42,14 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _FIRST_DELAY_S = 0.1
-_LONGEST_DELAY_S = 5.0
+_LONGEST_DELAY_S = 2.0
 
 #: QoS 1 publishes under way at once, where the broker's Receive Maximum allows as many.
 _MOST_IN_FLIGHT = 1024
+#: QoS 0 messages are dropped while this many wait to be read: only QoS 1 has MQTT's flow control.
+_MOST_UNREAD = 4096
+#: And while they hold so much; the broker itself bounds what is under way at QoS 1.
+_MOST_UNREAD_BYTES = 64 * 1024 * 1024
 
 
 class PublishRefused(TransportError):
@@ -57,9 +64,13 @@ class PublishRefused(TransportError):
 class Transport:
     """A connection to the broker that outlives its breaks; use as ``async with Transport(...) as transport``.
 
-    Entering raises ConnectionRefused (credentials, say), or BrokerUnreachable when ``connect_timeout_s`` is over. From
-    then on it reconnects for ever. The session on the broker lives on for ``session_expiry_s`` without us; one under a
-    generated identifier (``identifier`` None) can't be taken up again and ends with the clean exit.
+    Entering raises CertificateError, ConnectionRefused (credentials, say), or BrokerUnreachable when
+    ``connect_timeout_s`` is over. From then on it reconnects for ever. The session on the broker lives on for
+    ``session_expiry_s`` without us; one under a generated identifier (``identifier`` None) can't be taken up again and
+    ends with the clean exit. At most ``receive_maximum`` QoS 1 messages come on one connection before the first of them
+    must be acknowledged.
+
+    ``dropped`` counts the QoS 0 messages that came while too many waited to be read.
     """
 
     def __init__(
@@ -70,13 +81,16 @@ class Transport:
         identifier: str | None = None,
         will: Will | None = None,
         session_expiry_s: int = 0,
+        receive_maximum: int = 1024,
         connect_timeout_s: float = 30.0,
     ) -> None:
         self.address = address
-        self.identifier = identifier or f"tokenbus-{random.randbytes(8).hex()}"  # noqa: S311 (a name, not a secret)
+        # Not to be guessed: the broker hands a session over to whoever connects under its name, of whatever user.
+        self.identifier = identifier or f"tokenbus-{secrets.token_hex(8)}"
         self._subscriptions = tuple(subscriptions)
         self._will = will
         self._session_expiry_s = session_expiry_s
+        self._receive_maximum = receive_maximum
         self._connect_timeout_s = connect_timeout_s
         self._forget_session = identifier is None
         self._trouble = ""
@@ -85,6 +99,9 @@ class Transport:
         self._incoming: asyncio.Queue[Incoming | None] = asyncio.Queue()
         self._outbox: deque[tuple[Outgoing, asyncio.Future[Reason]]] = deque()
         self._in_flight: dict[int, asyncio.Future[Reason]] = {}
+        self._unread_bytes = 0
+        self._unacknowledged_incoming = 0
+        self.dropped = 0
 
     async def __aenter__(self) -> Self:
         self._link = Link(
@@ -92,7 +109,8 @@ class Transport:
             self.identifier,
             self._will,
             self._session_expiry_s,
-            received=self._incoming.put_nowait,
+            self._receive_maximum,
+            received=self._on_message,
             published=self._on_puback,
         )
         try:
@@ -116,6 +134,16 @@ class Transport:
     def connected(self) -> bool:
         return self._connected.is_set()
 
+    @property
+    def unacknowledged(self) -> int:
+        """QoS 1 publishes of ours that wait for their PUBACK, sent or not."""
+        return len(self._in_flight) + len(self._outbox)
+
+    @property
+    def unacknowledged_incoming(self) -> int:
+        """QoS 1 messages of the present connection that we haven't acknowledged, read or not."""
+        return self._unacknowledged_incoming
+
     async def wait_connected(self) -> None:
         await self._connected.wait()
 
@@ -126,7 +154,20 @@ class Transport:
     async def messages(self) -> AsyncIterator[Incoming]:
         """What arrives, across reconnects, until the transport is closed. At least once: the same may come again."""
         while (incoming := await self._incoming.get()) is not None:
+            self._unread_bytes -= len(incoming.payload)
             yield incoming
+
+    async def batches(self, most: int) -> AsyncIterator[list[Incoming]]:
+        """As ``messages``, up to so many at a time: all that have come meanwhile."""
+        async for first in self.messages():
+            batch = [first]
+            while len(batch) < most and not self._incoming.empty():
+                if (incoming := self._incoming.get_nowait()) is None:
+                    self._incoming.put_nowait(None)
+                    break
+                self._unread_bytes -= len(incoming.payload)
+                batch.append(incoming)
+            yield batch
 
     def acknowledge(self, incoming: Incoming) -> None:
         """Send the PUBACK; messages must be acknowledged in the order they came (MQTT-4.6.0-2).
@@ -134,8 +175,8 @@ class Transport:
         Does nothing for QoS 0, nor for a message of an earlier connection: on this one its identifier may mean another
         message, which would be lost, and the broker sends what wasn't acknowledged again anyway.
         """
-        if incoming.qos:
-            self._link.acknowledge(incoming)
+        if incoming.qos and self._link.acknowledge(incoming):
+            self._unacknowledged_incoming -= 1
 
     async def publish(
         self,
@@ -149,8 +190,8 @@ class Transport:
     ) -> int:
         """Publish at QoS 1 and wait for the PUBACK, across reconnects; returns its reason code (16: no subscriber).
 
-        Cancelled, the message may still be sent. Raises PublishRefused, PayloadTooLarge, or TransportError when the
-        transport is closed, before or meanwhile.
+        Cancelled, the message may still be sent. Raises ValueError for a topic that no broker takes, PublishRefused,
+        PayloadTooLarge, or TransportError when the transport is closed, before or meanwhile.
         """
         if self._keeper.done():
             raise TransportError("the transport is closed")
@@ -162,7 +203,7 @@ class Transport:
             correlation=correlation,
             expiry_s=expiry_s,
         )
-        self._link.check_size(message)
+        self._link.check(message)
         answer: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
         self._outbox.append((message, answer))
         self._flush()
@@ -174,13 +215,11 @@ class Transport:
     def publish_nowait(self, topic: str, payload: bytes, *, correlation: bytes | None = None) -> bool:
         """Publish at QoS 0 without waiting; False when it was dropped: disconnected, or too much is still unsent.
 
-        Raises PayloadTooLarge.
+        Raises ValueError or PayloadTooLarge.
         """
-        if not self.connected:
-            return False
         message = Outgoing(topic=topic, payload=payload, correlation=correlation)
-        self._link.check_size(message)
-        return self._link.send_nowait(message)
+        self._link.check(message)
+        return self.connected and self._link.send_nowait(message)
 
     async def _keep_connected(self) -> None:
         clock = asyncio.get_running_loop().time
@@ -204,6 +243,7 @@ class Transport:
     async def _connect(self, pauses: Iterator[float], *, in_spite_of: type[TransportError]) -> None:
         """Connect and subscribe, trying again for ever in spite of such errors."""
         while True:
+            self._unacknowledged_incoming = 0
             try:
                 await self._link.open(self._subscriptions)
                 break
@@ -221,6 +261,16 @@ class Transport:
             message, answer = self._outbox.popleft()
             if not answer.done():
                 self._in_flight[self._link.send(message)] = answer
+
+    def _on_message(self, incoming: Incoming) -> None:
+        unread_bytes = self._unread_bytes + len(incoming.payload)
+        if incoming.qos:
+            self._unacknowledged_incoming += 1
+        elif self._incoming.qsize() >= _MOST_UNREAD or unread_bytes > _MOST_UNREAD_BYTES:
+            self.dropped += 1
+            return
+        self._unread_bytes = unread_bytes
+        self._incoming.put_nowait(incoming)
 
     def _on_puback(self, mid: int, reason: Reason) -> None:
         answer = self._in_flight.pop(mid, None)
@@ -241,9 +291,9 @@ class Transport:
         self._outbox.clear()
 
 
-def delays(first_s: float = _FIRST_DELAY_S) -> Iterator[float]:
-    """Exponential back-off with jitter, from ``first_s`` up to 5 s, without end."""
-    longest = first_s
+def delays(first_s: float = _FIRST_DELAY_S, longest_s: float = _LONGEST_DELAY_S) -> Iterator[float]:
+    """Exponential back-off with jitter, from ``first_s`` up to ``longest_s``, without end."""
+    delay = first_s
     while True:
-        yield longest * random.uniform(0.5, 1)  # noqa: S311 (jitter, not a secret)
-        longest = min(2 * longest, _LONGEST_DELAY_S)
+        yield delay * random.uniform(0.5, 1)  # noqa: S311 (jitter, not a secret)
+        delay = min(2 * delay, longest_s)

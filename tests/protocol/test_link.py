@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from protocol.transport import (
+    NO_SUBSCRIBER,
     BrokerAddress,
     BrokerUnreachable,
+    CertificateError,
     ConnectionRefused,
     PayloadTooLarge,
     PublishRefused,
@@ -75,6 +77,42 @@ async def test_message_over_the_brokers_limit_raises(tmp_path: Path) -> None:
         assert transport.connected
 
 
+UNSENDABLE = ["\0", "\x1f", "\x7f", "\x9f", "\ud800", "\ufdd0", "\uffff", "\U0010fffe", "x" * 65_536]
+
+
+@pytest.mark.parametrize("topic", ["", "a/+", "#", "a+b", "/" * 200, *UNSENDABLE], ids=ascii)
+async def test_a_topic_that_no_broker_takes_is_refused_at_the_caller(address: BrokerAddress, topic: str) -> None:
+    async with Transport(address) as transport:
+        with pytest.raises(ValueError, match="the topic must"):
+            await transport.publish(topic, b"x")
+        with pytest.raises(ValueError, match="the topic must"):
+            transport.publish_nowait(topic, b"x")
+        assert await transport.publish("nowhere", b"x") == NO_SUBSCRIBER
+
+
+@pytest.mark.parametrize("text", UNSENDABLE, ids=ascii)
+async def test_properties_that_no_broker_takes_are_refused_at_the_caller(address: BrokerAddress, text: str) -> None:
+    async with Transport(address) as transport:
+        with pytest.raises(ValueError, match="the Response Topic must"):
+            await transport.publish("nowhere", b"x", response_topic=text)
+        with pytest.raises(ValueError, match="Correlation Data must"):
+            await transport.publish("nowhere", b"x", correlation=b"x" * 65_536)
+        assert await transport.publish("nowhere", b"x", correlation=b"x" * 65_535) == NO_SUBSCRIBER
+
+
+@pytest.mark.parametrize(
+    "text", ["\ufeff", "in/\ufeff", "\u2028\u200b", "\ue000", "x" * 65_535, "/" * 199], ids=lambda text: ascii(text[:9])
+)
+async def test_whatever_text_a_broker_passes_on_arrives(address: BrokerAddress, text: str) -> None:
+    """One that doesn't would come again on the next connection, and break that too."""
+    async with Transport(address, subscriptions=[("#", 1)]) as transport:
+        await transport.publish("in", b"x", response_topic=text)
+        await transport.publish(text, b"x")
+        assert (await receive(transport)).response_topic == text
+        assert (await receive(transport)).topic == text
+        assert transport.connected
+
+
 async def test_publish_outside_the_acl_is_refused(tmp_path: Path) -> None:
     acl = tmp_path / "acl"
     acl.write_text("pattern write tokenbus/v1/%u/req/#\npattern read tokenbus/v1/%u/out/#\n")
@@ -87,6 +125,30 @@ async def test_publish_outside_the_acl_is_refused(tmp_path: Path) -> None:
                 await transport.publish("tokenbus/v1/bob/req/m/1", b"x")
             assert refused.value.code == 135
             assert transport.connected
+
+
+async def test_broker_that_tells_nothing_of_itself_is_served_all_the_same() -> None:
+    """Unlike Mosquitto, some refuse a subscription to $SYS in so many words."""
+    connack, suback_not_authorised = bytes.fromhex("20 03 00 00 00"), bytes.fromhex("90 04 00 01 00 87")
+    gone: asyncio.Queue[None] = asyncio.Queue()
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"name")  # our CONNECT ends with the identifier
+        writer.write(connack)
+        await reader.readuntil(b"\x00")
+        writer.write(suback_not_authorised)
+        await reader.read()
+        writer.close()
+        gone.put_nowait(None)
+
+    async with await asyncio.start_server(peer, "127.0.0.1", 0) as server, asyncio.timeout(10):
+        address = BrokerAddress(*server.sockets[0].getsockname())
+        async with Transport(address, identifier="name", subscriptions=[("$SYS/broker/uptime", 0)]) as transport:
+            assert transport.connected
+        await gone.get()
+        with pytest.raises(ConnectionRefused, match=r"subscription to in: Not authorized"):
+            await Transport(address, identifier="name", subscriptions=[("in", 0)]).__aenter__()
+        await gone.get()
 
 
 async def test_wrong_password_is_refused_at_once_and_never_shown(
@@ -187,6 +249,30 @@ async def test_tls_trusts_the_given_authority_only(tmp_path: Path) -> None:
             assert len((await receive(transport)).payload) == 1_000_000
         with pytest.raises(BrokerUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
             await Transport(BrokerAddress.parse(url), connect_timeout_s=0.3).__aenter__()
+
+
+async def test_certificates_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    def file(name: str) -> str:
+        return str(tmp_path / name)
+
+    key = ["-newkey", "rsa:2048", "-subj", "/CN=a"]
+    for name, secret in (("one", ["-nodes"]), ("two", ["-nodes"]), ("locked", ["-passout", "pass:hunter2"])):
+        made = ["-keyout", file(f"{name}.key"), "-out", file(f"{name}.crt")]
+        await run("openssl", "req", "-x509", *key, *secret, *made)
+    (tmp_path / "text").write_text("hello")
+    unusable: list[tuple[dict[str, str], str]] = [
+        ({"ca_file": file("none")}, "none can't be read: No such file"),
+        ({"ca_file": file("text")}, "text holds no certificate in PEM"),
+        ({"cert_file": file("one.crt"), "key_file": file("none")}, "none can't be read"),
+        ({"cert_file": file("one.crt"), "key_file": str(tmp_path)}, "can't be read: Is a directory"),
+        ({"cert_file": file("one.crt"), "key_file": file("two.key")}, "one.crt and .*two.key must be .* its own"),
+        ({"cert_file": file("one.crt"), "key_file": file("text")}, "one.crt and .*text must be"),
+        ({"cert_file": file("text")}, "text must be a certificate"),
+        ({"cert_file": file("locked.crt"), "key_file": file("locked.key")}, "unencrypted"),
+    ]
+    for files, problem in unusable:
+        with pytest.raises(CertificateError, match=problem):
+            await Transport(BrokerAddress.parse("mqtts://127.0.0.1:1", **files)).__aenter__()
 
 
 def test_address_is_read_from_a_url() -> None:

@@ -40,12 +40,39 @@ def test_names_that_would_break_the_grammar(name):
         ("tokenbus/v1/alice/out/+", "wildcards"),
         ("tokenbus/v1/alice/out/#", "wildcards"),
         ("tokenbus/v1/alice/out/" + "x" * 512, "at most 512 bytes"),
+        ("tokenbus/v1/alice/out/\0", "can't be printed"),
+        ("tokenbus/v1/alice/out/\x85", "can't be printed"),
+        ("tokenbus/v1/alice/out/" + "/" * 200, "at most 32 levels"),
         ("$SYS/x", "must lie under"),
     ],
 )
 def test_response_topics_outside_the_own_tree_are_refused(response_topic, problem):
     with pytest.raises(TopicError, match=problem):
         topics.own_response_topic("alice", response_topic)
+
+
+@given(
+    tenant=names,
+    other=names,
+    topic=st.lists(
+        st.sampled_from(["tokenbus", "v1", "/", "out", "req", "..", "+", "#", "$SYS", "\0", "é", "alice", "bob"])
+    ).map("".join)
+    | st.text(),
+    inside=st.booleans(),
+)
+def test_only_publishable_topics_in_the_own_tree_are_ever_accepted(tenant, other, topic, inside):
+    """Whatever a Response Topic is made of, and whoever asks."""
+    topic = f"tokenbus/v1/{tenant}/out/{topic}" if inside else topic
+    try:
+        accepted = topics.own_response_topic(tenant, topic)
+    except TopicError:
+        return
+    assert accepted.split("/")[:4] == ["tokenbus", "v1", tenant, "out"]
+    assert not set(accepted) & set("+#\0")
+    assert len(accepted.split("/")) <= 32
+    if other != tenant:
+        with pytest.raises(TopicError):
+            topics.own_response_topic(other, accepted)
 
 
 def test_own_response_topic():

@@ -4,17 +4,24 @@ import asyncio
 import signal
 import socket
 import time
+from collections.abc import Callable
+from itertools import islice
 
 import pytest
 
-from protocol.transport import BrokerAddress, Incoming, Transport, TransportError, Will
+from protocol.transport import _MOST_UNREAD as MOST_UNREAD
+from protocol.transport import BrokerAddress, Incoming, Transport, TransportError, Will, delays
 from scheduler.mqtt.broker import EmbeddedBroker
 from tests.brokers import receive, send_signal
 
 
 async def until_disconnected(transport: Transport) -> None:
+    await until(lambda: not transport.connected)
+
+
+async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while transport.connected:  # noqa: ASYNC110 (the state has no event of its own: only connecting has)
+        while not condition():
             await asyncio.sleep(0.005)
 
 
@@ -55,7 +62,11 @@ async def test_retained_message_comes_to_a_later_subscriber(address: BrokerAddre
     async with Transport(address) as first:
         await first.publish("state", b"online", retain=True)
     async with Transport(address, subscriptions=[("state", 1)]) as second:
-        assert (await receive(second)).payload == b"online"
+        copy = await receive(second)
+        assert (copy.payload, copy.retained) == (b"online", True)
+        await second.publish("state", b"offline", retain=True)
+        live = await receive(second)
+        assert (live.payload, live.retained) == (b"offline", False)
 
 
 async def test_unacknowledged_comes_again_after_a_reconnect(broker: EmbeddedBroker, address: BrokerAddress) -> None:
@@ -192,6 +203,87 @@ async def test_qos_0_is_dropped_when_too_much_is_unsent(address: BrokerAddress) 
         assert sent == [True] * 10_000 + [False]
         assert await transport.publish("nowhere", b"") == 16
         assert transport.publish_nowait("nowhere", b"x") is True
+
+
+async def test_no_more_unacknowledged_come_than_our_receive_maximum(address: BrokerAddress) -> None:
+    async with Transport(address, subscriptions=[("in", 1)], receive_maximum=2) as transport:
+        for number in range(4):
+            await transport.publish("in", b"%d" % number)
+        assert transport.publish_nowait("in", b"overtakes")
+        first, second, overtaking = [await receive(transport) for _ in range(3)]
+        assert (first.payload, second.payload, overtaking.payload) == (b"0", b"1", b"overtakes")
+        assert transport.unacknowledged_incoming == 2
+        transport.acknowledge(first)
+        transport.acknowledge(second)
+        for expected in (b"2", b"3"):
+            incoming = await receive(transport)
+            transport.acknowledge(incoming)
+            assert incoming.payload == expected
+        assert transport.unacknowledged_incoming == 0
+
+
+async def test_unread_qos_0_is_dropped_over_a_bound_and_counted_but_never_qos_1(address: BrokerAddress) -> None:
+    async with Transport(address, subscriptions=[("in", 1)]) as transport:
+        for number in range(MOST_UNREAD + 5):
+            assert transport.publish_nowait("in", b"%d" % number)
+        await transport.publish("in", b"kept")
+        await until(lambda: transport.unacknowledged_incoming == 1)
+        assert transport.dropped == 5
+        received = [await receive(transport) for _ in range(MOST_UNREAD + 1)]
+        assert [incoming.payload for incoming in received] == [b"%d" % n for n in range(MOST_UNREAD)] + [b"kept"]
+        transport.acknowledge(received[-1])
+        assert transport.publish_nowait("in", b"room again")
+        assert (await receive(transport)).payload == b"room again"
+        assert transport.dropped == 5
+
+
+async def test_unread_qos_0_is_dropped_over_64_mib(address: BrokerAddress) -> None:
+    size = 10 * 1024 * 1024
+    async with Transport(address, subscriptions=[("in", 1)]) as transport:
+        for _ in range(2):
+            for _ in range(8):
+                assert transport.publish_nowait("in", bytes(size))
+                await transport.publish("nowhere", b"")
+            await transport.publish("in", b"end")
+            await until(lambda: transport.unacknowledged_incoming == 1)
+            received = [len((await receive(transport)).payload) for _ in range(6)]
+            end = await receive(transport)
+            transport.acknowledge(end)
+            assert [*received, end.payload] == [size] * 6 + [b"end"]
+        assert transport.dropped == 4
+
+
+async def test_unacknowledged_counts_what_waits_both_ways(broker: EmbeddedBroker, address: BrokerAddress) -> None:
+    async with Transport(address, identifier="service", subscriptions=[("in", 1)], session_expiry_s=60) as transport:
+        assert (transport.unacknowledged, transport.unacknowledged_incoming) == (0, 0)
+        send_signal(broker, signal.SIGSTOP)
+        more_than_a_window = [asyncio.create_task(transport.publish("nowhere", b"x")) for _ in range(1100)]
+        await asyncio.sleep(0)
+        assert transport.unacknowledged == 1100
+        send_signal(broker, signal.SIGCONT)
+        await asyncio.gather(*more_than_a_window)
+        assert transport.unacknowledged == 0
+
+        await transport.publish("in", b"held")
+        stale = await receive(transport)
+        assert transport.unacknowledged_incoming == 1
+        await reconnect(broker, transport)
+        again = await receive(transport)
+        transport.acknowledge(stale)
+        assert transport.unacknowledged_incoming == 1
+        transport.acknowledge(again)
+        assert transport.unacknowledged_incoming == 0
+
+
+async def test_broker_that_comes_back_is_found_soon(broker: EmbeddedBroker, address: BrokerAddress) -> None:
+    """However long it was away: no pause is over 2 s."""
+    assert max(islice(delays(), 20)) <= 2.0
+    async with Transport(address) as transport:
+        await broker.stop()
+        await asyncio.sleep(3)  # long enough for the pauses to have grown to their longest
+        await broker.start()
+        async with asyncio.timeout(3):
+            await transport.wait_connected()
 
 
 async def test_will_is_published_for_a_broken_connection_only(address: BrokerAddress) -> None:
