@@ -7,13 +7,13 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 from platformdirs import user_cache_path
 
-from protocol.transport import BrokerAddress, BrokerUnreachable, ConnectionRefused, Transport
+from protocol.transport import BrokerAddress, BrokerUnreachable, ConnectionRefused, Transport, delays
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ _INSTALL_HINT = (
 
 _START_S = 10.0
 _STOP_S = 5.0
+#: Having run for this long it counts as well again.
+_STEADY_S = 10.0
 _FETCH_S = 120.0
 _LAST_LINES = 5
 
@@ -45,6 +47,7 @@ class EmbeddedBroker:
 
     Anyone on this machine may connect, unless ``settings`` (more lines for mosquitto.conf) say otherwise. It keeps its
     database and log in ``data_dir`` and dies with this process. ``port`` 0 takes a free one, kept across restarts.
+    Should it end by itself it is started again, for ever; ``restarts`` counts the attempts.
     Raises BrokerNotFound or BrokerFailed.
     """
 
@@ -54,6 +57,8 @@ class EmbeddedBroker:
         self._data_dir = data_dir.absolute()
         self._settings = tuple(settings)
         self._process: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self.restarts = 0
 
     @property
     def url(self) -> str:
@@ -72,14 +77,52 @@ class EmbeddedBroker:
         await self.stop()
 
     async def start(self) -> None:
-        """Start it and wait until it answers a CONNECT."""
+        """Start it and wait until it answers a CONNECT; from here on it is kept running."""
+        self._keeper = asyncio.create_task(self._keep_running(await self._launch()), name="embedded broker")
+
+    async def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End it: with SIGTERM it saves its sessions and messages first, with SIGKILL it can't."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.wait({keeper})
+        await self._end(how)
+
+    async def restart(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Stop and start again on the same port, with the same data."""
+        await self.stop(how)
+        await self.start()
+
+    async def _keep_running(self, process: asyncio.subprocess.Process) -> None:
+        clock = asyncio.get_running_loop().time
+        pauses = delays()
+        while True:
+            since = clock()
+            status = await process.wait()
+            self._process = None
+            logger.error("the embedded broker ended with status %d: %s", status, self._last_words())
+            if clock() - since > _STEADY_S:  # else slow down further: it may end at once each time
+                pauses = delays()
+            process = await self._launch_again(pauses)
+
+    async def _launch_again(self, pauses: Iterator[float]) -> asyncio.subprocess.Process:
+        while True:
+            await asyncio.sleep(next(pauses))
+            self.restarts += 1
+            try:
+                return await self._launch()
+            except (BrokerNotFound, BrokerFailed, OSError) as error:
+                logger.error("the embedded broker isn't back yet: %s", error)
+
+    async def _launch(self) -> asyncio.subprocess.Process:
+        """One attempt to start it, after which it answers or isn't there."""
         _check_free(self.port)
         program, environment = await find_mosquitto(user_cache_path("tokenbus") / "mosquitto")
         self._data_dir.mkdir(parents=True, exist_ok=True)
         config = self._data_dir / "mosquitto.conf"
         config.write_text("\n".join([*self._config(), *self._settings, ""]))
         with self._log.open("wb") as log:
-            self._process = await asyncio.create_subprocess_exec(
+            process = self._process = await asyncio.create_subprocess_exec(
                 *_tied_to_us(),
                 program,
                 "-c",
@@ -90,14 +133,14 @@ class EmbeddedBroker:
                 env=environment,
             )
         try:
-            await self._wait_ready(self._process)
+            await self._wait_ready(process)
         except BaseException:
-            await self.stop()
+            await self._end(signal.SIGTERM)
             raise
         logger.info("embedded broker at %s, data in %s", self.url, self._data_dir)
+        return process
 
-    async def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """End it: with SIGTERM it saves its sessions and messages first, with SIGKILL it can't."""
+    async def _end(self, how: signal.Signals) -> None:
         process, self._process = self._process, None
         if process is None:
             return
@@ -109,28 +152,24 @@ class EmbeddedBroker:
             _signal(process, signal.SIGKILL)
             await process.wait()
 
-    async def restart(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Stop and start again on the same port, with the same data."""
-        await self.stop(how)
-        await self.start()
-
     @property
     def _log(self) -> Path:
         return self._data_dir / "mosquitto.log"
 
     def _config(self) -> list[str]:
-        """Without its limit on queued messages: over 1,000 per client Mosquitto drops them, unseen by the publisher."""
+        """What a client that doesn't read may cost, and what a crash may lose, as in deploy/mosquitto/mosquitto.conf."""
         lines = [
             f"listener {self.port} {self.host}",
             "allow_anonymous true",
             "set_tcp_nodelay true",
-            "max_queued_messages 0",
+            "max_queued_messages 100000",
+            "max_queued_bytes 67108864",
             "max_inflight_messages 1000",
-            f"message_size_limit {MAX_PACKET_BYTES}",
+            "max_inflight_bytes 16777216",
             f"max_packet_size {MAX_PACKET_BYTES}",
             "persistence true",
             f"persistence_location {self._data_dir}/",
-            "autosave_interval 5",
+            "autosave_interval 2",
             "connection_messages false",
             "log_dest stderr",
         ]
@@ -165,7 +204,11 @@ class EmbeddedBroker:
             return False
 
     def _last_words(self) -> str:
-        return " | ".join(self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]) or "(it said nothing)"
+        try:
+            lines = self._log.read_text(errors="replace").splitlines()
+        except OSError as error:
+            return f"(its log can't be read: {error})"
+        return " | ".join(lines[-_LAST_LINES:]) or "(it said nothing)"
 
 
 async def find_mosquitto(cache_dir: Path) -> tuple[str, dict[str, str]]:

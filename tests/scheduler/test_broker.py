@@ -13,6 +13,7 @@ import pytest
 from protocol.transport import BrokerAddress, Transport
 from scheduler.mqtt import broker as broker_module
 from scheduler.mqtt.broker import BrokerFailed, BrokerNotFound, EmbeddedBroker, find_mosquitto
+from tests.brokers import send_signal
 
 PARENT = """
 import asyncio, pathlib, sys
@@ -34,7 +35,7 @@ def listening(port: int) -> bool:
 
 async def until_gone(port: int) -> None:
     async with asyncio.timeout(10):
-        while listening(port):  # noqa: ASYNC110 (another process's end can only be looked for)
+        while listening(port):
             await asyncio.sleep(0.02)
 
 
@@ -65,6 +66,86 @@ async def test_restart_keeps_port_and_data(broker: EmbeddedBroker) -> None:
     assert broker.pid != pid
     async with Transport(BrokerAddress.parse(broker.url), subscriptions=[("state", 1)]) as transport:
         assert (await anext(transport.messages())).payload == b"kept"
+
+
+async def killed(broker: EmbeddedBroker, transport: Transport, how: signal.Signals) -> None:
+    """Kill the child behind our back; the transport must be connected again within 5 s."""
+    async with asyncio.timeout(5):
+        reconnected = asyncio.create_task(transport.wait_reconnected())
+        await asyncio.sleep(0)
+        send_signal(broker, how)
+        await reconnected
+
+
+async def test_killed_child_is_replaced_and_found_again_within_5_s(
+    broker: EmbeddedBroker, address: BrokerAddress, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Transport(address, subscriptions=[("in", 1)]) as transport:
+        for round in range(1, 4):
+            pid = broker.pid
+            await killed(broker, transport, signal.SIGKILL)
+            assert broker.pid != pid
+            assert broker.restarts == round
+            assert await transport.publish("in", b"%d" % round) == 0
+            assert (await anext(transport.messages())).payload == b"%d" % round
+    assert caplog.text.count("ended with status -9: ") == 3  # by the keeper, or in the middle of a start
+
+
+async def test_child_that_ended_in_order_comes_back_with_its_sessions(
+    broker: EmbeddedBroker, address: BrokerAddress
+) -> None:
+    """As when someone stops it by hand."""
+
+    def service() -> Transport:
+        return Transport(address, identifier="service", subscriptions=[("in", 1)], session_expiry_s=60)
+
+    async with service():
+        pass
+    async with Transport(address) as tenant:
+        assert await tenant.publish("in", b"queued") == 0
+        await killed(broker, tenant, signal.SIGTERM)
+    async with service() as back:
+        assert (await anext(back.messages())).payload == b"queued"
+
+
+async def test_crash_loop_is_told_and_outlived(
+    broker: EmbeddedBroker, address: BrokerAddress, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Transport(address) as transport, asyncio.timeout(15):
+        reconnected = asyncio.create_task(transport.wait_reconnected())
+        broker._settings = ("no_such_setting 1",)
+        send_signal(broker, signal.SIGKILL)
+        while caplog.text.count("isn't back yet") < 2:
+            await asyncio.sleep(0.02)
+        assert "isn't back yet: Mosquitto ended with status 3: " in caplog.text
+        assert "no_such_setting" in caplog.text
+        broker._settings = ()
+        await reconnected
+        assert broker.restarts == caplog.text.count("isn't back yet") + 1
+
+
+@pytest.mark.parametrize("turns", [0, 1, 10, 100])
+async def test_stop_during_a_comeback_is_final(broker: EmbeddedBroker, turns: int) -> None:
+    send_signal(broker, signal.SIGKILL)
+    for _ in range(turns):
+        await asyncio.sleep(0.002)
+    await broker.stop()
+    assert broker.pid is None
+    assert not listening(broker.port)
+    assert "embedded broker" not in {task.get_name() for task in asyncio.all_tasks()}
+
+
+async def test_restart_during_a_comeback_leaves_one_broker(broker: EmbeddedBroker, address: BrokerAddress) -> None:
+    pids = {broker.pid}
+    for _ in range(3):
+        send_signal(broker, signal.SIGKILL)
+        await broker.restart()
+        pids.add(broker.pid)
+    assert len(pids) == 4
+    async with Transport(address) as transport:
+        assert await transport.publish("nowhere", b"x") == 16
+    await broker.stop()
+    assert not listening(broker.port)
 
 
 async def test_takes_no_password_from_anyone_when_told_so(tmp_path: Path) -> None:
