@@ -47,9 +47,14 @@ def load(name: str, dtype: str, device: str, max_model_len: int | None = None) -
     path = demo_model() if name == DEMO else Path(name)
     if not (path / "config.json").is_file():
         raise ModelRefused(f"{path} holds no config.json: give a directory saved by transformers, or {DEMO!r}")
-    config = AutoConfig.from_pretrained(path)
+    if not any(path.glob("*.safetensors")):
+        raise ModelRefused(
+            f"{path} holds no *.safetensors; other formats, such as pickles, can run code when they are read"
+        )
+    # Nor is code of the directory's own ever run.
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     check_config(config, max_model_len)
-    module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     return adopt(module.to(device), path, max_model_len)
 
 

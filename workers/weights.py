@@ -73,7 +73,7 @@ def _check_sha256(path: Path, expected: str) -> None:
 def _convert(work: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: PLC0415 - only on first use
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(work, gguf_file=_GGUF, dtype="float32")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(work, gguf_file=_GGUF, dtype="float32", trust_remote_code=False)
     # A model loaded from GGUF counts as quantised and refuses to be saved; its weights in a fresh one do not.
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
@@ -81,7 +81,7 @@ def _convert(work: Path) -> None:
         del model.config.quantization_config
     model.config.dtype = "float32"
     model.save_pretrained(work / "model")
-    AutoTokenizer.from_pretrained(work, gguf_file=_GGUF).save_pretrained(work / "model")
+    AutoTokenizer.from_pretrained(work, gguf_file=_GGUF, trust_remote_code=False).save_pretrained(work / "model")
 
 
 def _publish(made: Path, target: Path) -> None:

@@ -1,10 +1,12 @@
 """Models that a ragged paged batch would serve wrongly are refused at load, with the reason."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from scheduler.text import Text
 from tests.workers.models import REFUSED, SERVED, save, tiny
 from workers import selftest
 from workers.attention import choose
@@ -80,5 +82,24 @@ def test_pickled_weights_are_never_loaded(tmp_path):
     save(model, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ModelRefused, match=r"no \*\.safetensors; other formats, such as pickles, can run code"):
         load(str(tmp_path), "float32", "cpu")
+
+
+def test_code_beside_the_weights_is_never_run(tmp_path):
+    """Neither for an architecture that transformers knows, nor for one it doesn't."""
+    save(tiny("llama"), tmp_path)
+    proof = tmp_path / "proof"
+    for name in ("configuration", "modeling", "tokenization"):
+        (tmp_path / f"{name}_own.py").write_text(f"open({str(proof)!r}, 'w')\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_own.Own", null]}}')
+    load(str(tmp_path), "float32", "cpu")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load(str(tmp_path), "float32", "cpu")
+    with pytest.raises(ValueError, match="tokenizer"):
+        Text(str(tmp_path))
+    assert not proof.exists()
