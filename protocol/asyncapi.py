@@ -24,12 +24,21 @@ _NAMES = {"tenant": "The authenticated user", "model": "Alias of the model", "re
 
 def describe() -> dict[str, Any]:
     """The document as plain data."""
-    types: list[type[msgspec.Struct]] = [Request, replies.Status, ErrorBody, *_REPLIES.values()]
+    types: list[type[msgspec.Struct]] = [
+        Request,
+        replies.Status,
+        replies.Quarantined,
+        ErrorBody,
+        *_REPLIES.values(),
+    ]
     references, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     by_type = dict(zip(types, references, strict=True))
     messages = {"request": _message(by_type[Request]), "cancel": {"payload": {"type": "string", "maxLength": 0}}}
     messages |= {name: _message(by_type[kind]) for name, kind in _REPLIES.items()}
-    messages["status"] = _message(by_type[replies.Status])
+    messages |= {
+        "status": _message(by_type[replies.Status]),
+        "quarantined": _message(by_type[replies.Quarantined]),
+    }
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -43,6 +52,7 @@ def describe() -> dict[str, Any]:
             "requests": _channel(topics.request("T", "M", "R"), ["request"]),
             "cancels": _channel(topics.cancel("T", "R"), ["cancel"]),
             "replies": _channel(topics.out("T", "R"), list(_REPLIES)),
+            "dead": _channel(topics.dead("T", "R"), ["quarantined"]),
             "status": _channel(topics.status("S"), ["status"]),
         },
         "operations": {
@@ -55,6 +65,11 @@ def describe() -> dict[str, Any]:
             "cancel": {
                 "action": "receive",
                 "channel": _ref("channels", "cancels"),
+                "bindings": {"mqtt": {"qos": 1}},
+            },
+            "quarantine": {
+                "action": "send",
+                "channel": _ref("channels", "dead"),
                 "bindings": {"mqtt": {"qos": 1}},
             },
             "announce": {

@@ -11,18 +11,26 @@ ErrorCode = Literal[
     "model_not_found",
     "context_length_exceeded",
     "not_found",
+    "id_conflict",
+    "rate_limited",
+    "overloaded",
     "unavailable",
+    "quarantined",
     "internal",
 ]
 
 
 class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The OpenAI error object: ``code`` is ours and stable, ``param`` names the field at fault."""
+    """The OpenAI error object: ``code`` is ours and stable, ``param`` names the field at fault.
+
+    With ``retry_after_ms`` the request may be sent again, but not before.
+    """
 
     message: str
     code: ErrorCode
-    type: Literal["invalid_request_error", "server_error"] = "invalid_request_error"
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"] = "invalid_request_error"
     param: str | None = None
+    retry_after_ms: int | None = None
 
 
 class RequestError(Exception):
@@ -50,8 +58,15 @@ class BadRequest(RequestError):
         return cls(path.rstrip("`").lstrip(".") or "body", detail)
 
 
-class ServiceError(RequestError):
-    """The service's own failure: the request may be sent again."""
+class Busy(RequestError):
+    """Too much is asked at once, by this tenant or by all together."""
 
-    def __init__(self, code: Literal["unavailable", "internal"], detail: str) -> None:
+    def __init__(self, code: Literal["rate_limited", "overloaded"], detail: str, retry_after_ms: int) -> None:
+        super().__init__(ErrorBody(message=detail, code=code, type="rate_limit_error", retry_after_ms=retry_after_ms))
+
+
+class ServiceError(RequestError):
+    """The service's own failure. After ``unavailable`` the request may be sent again."""
+
+    def __init__(self, code: Literal["unavailable", "quarantined", "internal"], detail: str) -> None:
         super().__init__(ErrorBody(message=detail, code=code, type="server_error"))

@@ -38,7 +38,11 @@ class Chunk(msgspec.Struct, frozen=True, tag="chunk"):
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
-    """Terminal: the whole text, usage and timings. ``chunks`` is how many chunks were published before it."""
+    """Terminal: the whole text, usage and timings. ``chunks`` is how many chunks were published before it.
+
+    Terminal messages carry ``attempt``: how many processes of the service took the request up. One that was published
+    right before a crash may come again, with a higher number.
+    """
 
     request_id: str
     data: ChatCompletion | TextCompletion
@@ -67,6 +71,7 @@ class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
 
     request_id: str
     completion_tokens: int
+    attempt: int = 1
 
 
 class Failed(msgspec.Struct, frozen=True, tag="error"):
@@ -74,16 +79,26 @@ class Failed(msgspec.Struct, frozen=True, tag="error"):
 
     request_id: str | None
     error: ErrorBody
+    attempt: int = 1
 
 
-Reply = Accepted | Chunk | Result | Cancelled | Failed
+Terminal = Result | Cancelled | Failed
+Reply = Accepted | Chunk | Terminal
 TERMINAL = (Result, Cancelled, Failed)
 
 
-class Status(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Retained on the status topic of a replica; its will says ``offline``."""
+class Quarantined(msgspec.Struct, frozen=True):
+    """On the ``dead`` topic: a request that killed the worker again and again, and won't be tried any more."""
 
-    status: Literal["online", "offline"]
+    request_id: str
+    reason: str
+    failures: int
+
+
+class Status(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Retained on the status topic of a replica; its will says ``offline``. ``draining``: nothing new is taken up."""
+
+    status: Literal["online", "draining", "offline"]
     model: str | None = None
     max_model_len: int | None = None
     max_running: int | None = None
@@ -91,4 +106,5 @@ class Status(msgspec.Struct, frozen=True, omit_defaults=True):
 
 encode = msgspec.json.encode
 decode_reply = msgspec.json.Decoder(Reply).decode
+decode_quarantined = msgspec.json.Decoder(Quarantined).decode
 decode_status = msgspec.json.Decoder(Status).decode

@@ -1,10 +1,12 @@
 """The command line: ``tokenbus serve | submit | demo | bench``."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -19,12 +21,24 @@ from scheduler import config as configuration
 from scheduler import demo as demonstration
 from scheduler import logs, service
 from scheduler.config import Config, ConfigError
+from scheduler.journal.entry import JournalError
 from scheduler.mqtt.broker import BrokerFailed, BrokerNotFound
 from scheduler.worker import WorkerDied, WorkerRefused
 
 #: What keeps a service from starting, told without a traceback.
-_STARTING = (WorkerRefused, WorkerDied, BrokerNotFound, BrokerFailed, TransportError, OSError)
-_BENCHMARKS = ("engine", "serve", "ladder", "attention", "contention")
+_STARTING = (
+    ConfigError,
+    WorkerRefused,
+    WorkerDied,
+    JournalError,
+    BrokerNotFound,
+    BrokerFailed,
+    TransportError,
+    OSError,
+)
+#: Exit status of a service that was stopped before everything it had accepted was answered.
+_UNANSWERED = 3
+_BENCHMARKS = ("engine", "serve", "accept", "ladder", "attention", "contention", "slow_reader")
 
 
 def _settings(context: click.Context, file: Path | None, assignments: tuple[str, ...]) -> Config:
@@ -57,28 +71,62 @@ def main() -> None:
 @_set_option
 @click.pass_context
 def serve(context: click.Context, file: Path | None, assignments: tuple[str, ...]) -> None:
-    """Serve a model until SIGTERM or Ctrl-C."""
+    """Serve a model until SIGTERM or Ctrl-C.
+
+    The first signal drains: nothing new is taken up, what runs may finish for service.drain_s. A second one stops at once.
+    Exit status: 0 when every accepted request was answered, or it was stopped while starting; 3 when some are left in the
+    journal for the next start; 1 when it couldn't start or go on; 2 for wrong usage.
+    """
     config = _settings(context, file, assignments)
     logs.configure(config.service.log_level)
     try:
-        asyncio.run(_serve(config))
+        unanswered = asyncio.run(_serve(config))
     except* _STARTING as group:
         raise click.ClickException("; ".join(str(error) for error in group.exceptions)) from None
+    context.exit(_UNANSWERED if unanswered else 0)
 
 
-async def _serve(config: Config) -> None:
-    stop = asyncio.Event()
+async def _serve(config: Config) -> int:
+    """Returns how many accepted requests are left unanswered."""
+    left = 0
+    serving = asyncio.current_task()
+    assert serving is not None
+    _on_signals(serving.cancel)  # while it starts there is nothing to drain
+    with contextlib.suppress(asyncio.CancelledError):
+        async with service.running(config) as running:
+            told = asyncio.Semaphore(0)
+            _on_signals(told.release)
+            await told.acquire()
+            await _drain(running, told)
+            left = running.unanswered
+    return left
+
+
+def _on_signals(act: Callable[[], object]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with service.running(config):
-        await stop.wait()
+        asyncio.get_running_loop().add_signal_handler(number, act)
+
+
+async def _drain(running: service.Service, told: asyncio.Semaphore) -> None:
+    """Let it drain, unless told to stop once more."""
+    waits: set[asyncio.Task[object]] = {
+        asyncio.create_task(running.drain(), name="drain"),
+        asyncio.create_task(told.acquire(), name="second signal"),
+    }
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
 
 
 @main.command()
 @click.argument("prompt", required=False)
 @click.option("--broker", default="mqtt://127.0.0.1:1883", show_default=True, help="URL of the broker.")
 @click.option("--tenant", default="default", show_default=True)
-@click.option("--password-file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--username", help="The user to log in as.  [default: the tenant]")
+@click.option("--password-file", type=click.Path(path_type=Path))
+@click.option("--ca-file", type=click.Path(), help="Authorities to trust instead of the system's.")
+@click.option("--cert-file", type=click.Path(), help="The tenant's own certificate.")
+@click.option("--key-file", type=click.Path(), help="Its key, unencrypted.")
 @click.option("--model", default="smollm2", show_default=True)
 @click.option("--system", help="A system message before the prompt.")
 @click.option("--max-tokens", type=int)
@@ -92,7 +140,11 @@ def submit(
     prompt: str | None,
     broker: str,
     tenant: str,
+    username: str | None,
     password_file: Path | None,
+    ca_file: str | None,
+    cert_file: str | None,
+    key_file: str | None,
     model: str,
     system: str | None,
     max_tokens: int | None,
@@ -116,10 +168,18 @@ def submit(
         stop=list(stop) or None,
         stream=not as_json,
     )
-    password = None if password_file is None else password_file.read_text().strip()
     try:
-        asyncio.run(_submit(Client(broker, tenant=tenant, username=tenant, password=password), request, model, as_json))
-    except (RequestError, RequestCancelled, TransportError, TimeoutError, ValueError) as error:
+        client = Client(
+            broker,
+            tenant=tenant,
+            username=username or tenant,
+            password=None if password_file is None else configuration.read_password(password_file),
+            ca_file=ca_file,
+            cert_file=cert_file,
+            key_file=key_file,
+        )
+        asyncio.run(_submit(client, request, model, as_json))
+    except (ConfigError, RequestError, RequestCancelled, TransportError, TimeoutError, ValueError) as error:
         raise click.ClickException(str(error)) from None
 
 

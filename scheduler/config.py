@@ -10,11 +10,14 @@ from msgspec import Meta
 
 from protocol import topics
 from protocol.plan import AttentionName, DtypeName, WorkerConfig
+from protocol.transport import BrokerAddress
 
 ENV_PREFIX = "TOKENBUS_"
 EMBEDDED = "embedded"
+OFF = "off"
 
 Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
@@ -39,17 +42,29 @@ class ModelConfig(Section, frozen=True):
 
 
 class EngineConfig(Section, frozen=True):
-    """Sizes of a step and of the KV cache; ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold."""
+    """Sizes of a step and of the KV cache; ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold.
+
+    A worker that takes longer than ``step_timeout_s`` over a step is killed; over ``stalled_after_s``, the service isn't
+    ready. A request is given up after ``attempts`` failing steps, the last of them with it alone.
+    """
 
     max_running: Count = 64
     max_batch_tokens: Count = 256
     block_size: Count = 16
     num_blocks: Count | None = None
     kv_memory_mb: Count = 1024
+    step_timeout_s: Seconds = 60.0
+    stalled_after_s: Seconds = 10.0
+    heartbeat_s: Seconds = 5.0
+    attempts: Count = 3
 
 
 class BrokerConfig(Section, frozen=True):
-    """``url``: ``embedded``, ``mqtt://host:1883`` or ``mqtts://host:8883``. The password is read from a file only."""
+    """``url``: ``embedded``, ``mqtt://host:1883`` or ``mqtts://host:8883``. Passwords and keys come from files only.
+
+    ``data_dir`` keeps the embedded broker's database, and our name on any broker.
+    ``ca_file``: whom to trust instead of the system's authorities; ``cert_file``, ``key_file``: our own certificate.
+    """
 
     url: str = EMBEDDED
     port: Port = 0
@@ -57,23 +72,48 @@ class BrokerConfig(Section, frozen=True):
     username: str | None = None
     password_file: str | None = None
     ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
     session_expiry_s: Count = 7 * 24 * 3600
 
 
+class JournalConfig(Section, frozen=True):
+    """What was accepted, on disk. ``path`` absent: in the data directory; ``off``: nothing outlives the process.
+
+    Results are kept for ``retention_s`` after delivery, less when the file would grow over ``max_mb``.
+    """
+
+    path: str | None = None
+    retention_s: Count = 3600
+    max_mb: Count = 2048
+
+
+class LimitsConfig(Section, frozen=True):
+    """Accepted requests that haven't ended, per tenant and in all, and the prompt tokens they may hold in memory."""
+
+    outstanding_per_tenant: Count = 1000
+    outstanding: Count = 10_000
+    prompt_tokens: Count = 4_000_000
+
+
 class ServiceConfig(Section, frozen=True):
-    """``replica`` names this process; chunks are coalesced over ``flush_ms``; bigger requests are refused."""
+    """``replica`` names this process; chunks are coalesced over ``flush_ms``; bigger requests are refused; a stop waits for
+    what runs for up to ``drain_s``."""
 
     replica: str = "main"
     flush_ms: Annotated[int, Meta(ge=1, le=1000)] = 30
     max_payload_bytes: Annotated[int, Meta(ge=1024)] = 1 << 20
+    drain_s: Annotated[float, Meta(ge=0)] = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class MetricsConfig(Section, frozen=True):
-    """Where /metrics is served; port 0 takes a free one."""
+    """Where /metrics and the health checks are served, over TLS with a certificate; port 0 takes a free one."""
 
     host: str = "127.0.0.1"
     port: Port = 9464
+    cert_file: str | None = None
+    key_file: str | None = None
 
 
 class Config(Section, frozen=True):
@@ -82,6 +122,8 @@ class Config(Section, frozen=True):
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     broker: BrokerConfig = BrokerConfig()
+    journal: JournalConfig = JournalConfig()
+    limits: LimitsConfig = LimitsConfig()
     service: ServiceConfig = ServiceConfig()
     metrics: MetricsConfig = MetricsConfig()
 
@@ -127,6 +169,17 @@ def load(
     return config
 
 
+def read_password(file: Path) -> str:
+    """What the file holds, without the white space around it. Raises ConfigError."""
+    try:
+        password = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"password file {file}: {getattr(error, 'strerror', None) or 'must be UTF-8'}") from None
+    if not password:
+        raise ConfigError(f"password file {file}: is empty")
+    return password
+
+
 def _read(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
@@ -141,5 +194,16 @@ def _check(config: Config) -> None:
     for field, name in (("model.alias", config.model.alias), ("service.replica", config.service.replica)):
         if not topics.is_name(name):
             raise ConfigError(f"{field}: must be {topics.NAME_RULE}")
+    _check_broker(config.broker)
     if config.engine.max_batch_tokens < config.engine.max_running:
         raise ConfigError("engine.max_batch_tokens: must be at least engine.max_running, so that no decode is left out")
+    if (config.metrics.cert_file is None) != (config.metrics.key_file is None):
+        raise ConfigError("metrics.cert_file, metrics.key_file: must be given together or not at all")
+
+
+def _check_broker(broker: BrokerConfig) -> None:
+    url = "mqtt://localhost" if broker.url == EMBEDDED else broker.url
+    try:
+        BrokerAddress.parse(url, ca_file=broker.ca_file, cert_file=broker.cert_file, key_file=broker.key_file)
+    except ValueError as error:
+        raise ConfigError(f"broker.url: {error}") from None

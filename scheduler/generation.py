@@ -1,8 +1,8 @@
 """One accepted request while it runs: what its tenant asked for, what it was told so far, and what it is told at the end."""
 
 import secrets
-import time
 from dataclasses import dataclass, field
+from typing import Self
 
 from protocol import openai, replies
 from protocol.errors import BadRequest
@@ -10,11 +10,12 @@ from protocol.openai import FinishReason, Usage
 from protocol.plan import Sampling, WorkerInfo
 from protocol.request import Request
 from scheduler.core.sequence import Sequence
+from scheduler.journal.entry import Entry
 from scheduler.text import Detokenizer, StopStrings, Text
 
 
-def sequence_for(id: str, request: Request, prompt: list[int], info: WorkerInfo) -> Sequence:
-    """What the batcher is to run for a request. Raises BadRequest for unknown tokens or too many of them."""
+def check_fits(request: Request, prompt: list[int], info: WorkerInfo) -> None:
+    """Raises BadRequest for unknown tokens or too many of them."""
     if not prompt:
         raise BadRequest("prompt", "must hold at least one token")
     # One unknown id would fail the forward pass of everyone in its batch.
@@ -30,116 +31,134 @@ def sequence_for(id: str, request: Request, prompt: list[int], info: WorkerInfo)
             f"{asked} are over the context of {info.max_model_len} tokens",
             "context_length_exceeded",
         )
+
+
+def sequence_for(entry: Entry, info: WorkerInfo) -> Sequence:
+    """What the batcher is to run for a request, from where it is. Raises BadRequest as ``check_fits``."""
+    request = entry.request
+    check_fits(request, entry.prompt, info)
     stop_ids = frozenset(request.stop_token_ids or ()) | frozenset(() if request.ignore_eos else info.eos_ids)
-    return Sequence(id, prompt, max_tokens=wanted or room, stop_ids=stop_ids, sampling=sampling_for(request))
+    return Sequence(
+        entry.id,
+        entry.prompt,
+        max_tokens=request.output_limit or info.max_model_len - len(entry.prompt),
+        stop_ids=stop_ids,
+        sampling=_sampling(request, entry.seed),
+        output=[token for record in entry.records for token in record],
+    )
 
 
-def sampling_for(request: Request) -> Sampling:
-    """Defaults as in the OpenAI API: temperature 1, everything kept; a request without a seed gets one."""
+def seed_for(request: Request) -> int:
+    """A request without a seed gets one, which stays with it."""
+    return secrets.randbits(63) if request.seed is None else request.seed
+
+
+def _sampling(request: Request, seed: int) -> Sampling:
+    """Defaults as in the OpenAI API: temperature 1, everything kept."""
     return Sampling(
         temperature=1.0 if request.temperature is None else request.temperature,
         top_k=max(request.top_k or 0, 0),
         top_p=1.0 if request.top_p is None else request.top_p,
         min_p=request.min_p or 0.0,
-        seed=secrets.randbits(63) if request.seed is None else request.seed,
+        seed=seed,
     )
 
 
 @dataclass(slots=True)
 class Generation:
-    """Text comes in token by token and goes out in pieces; times are on the engine's clock, in seconds."""
+    """Text comes in token by token and goes out in numbered pieces; times are on the engine's clock, in seconds.
 
-    tenant: str
-    request_id: str
-    model: str
-    topic: str
-    correlation: bytes | None
-    chat: bool
-    streams: bool
-    prompt_tokens: int
+    A piece is journalled as the tokens that made it, then published as a chunk if the request streams: after a crash the
+    same tokens make the same pieces under the same numbers. ``cuts`` are the text's lengths at the ends of pieces.
+    """
+
+    entry: Entry
     accepted_at: float
     detokenizer: Detokenizer
     stops: StopStrings
-    created: int = field(default_factory=lambda: int(time.time()))
     started_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     completion_tokens: int = 0
     text: str = ""
+    cuts: list[int] = field(default_factory=lambda: [0])
     published: int = 0
-    chunks: int = 0
+    _uncut: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls,
-        sequence: Sequence,
-        request: Request,
-        text: Text,
-        *,
-        at: float,
-        model: str,
-        topic: str,
-        correlation: bytes | None,
-    ) -> "Generation":
-        """The generation of a sequence whose id is ``tenant/request_id``."""
-        tenant, request_id = sequence.id.split("/")
-        return cls(
-            tenant=tenant,
-            request_id=request_id,
-            model=model,
-            topic=topic,
-            correlation=correlation,
-            chat=request.is_chat,
-            streams=request.stream,
-            prompt_tokens=sequence.prompt_len,
-            accepted_at=at,
-            detokenizer=Detokenizer(text.backend, sequence.tokens),
-            stops=StopStrings(request.stop_strings),
+    def of(cls, entry: Entry, text: Text, accepted_at: float) -> Self:
+        """The generation of an entry, with the pieces that were journalled for it."""
+        generation = cls(
+            entry=entry,
+            accepted_at=accepted_at,
+            detokenizer=Detokenizer(text.backend, entry.prompt),
+            stops=StopStrings(entry.request.stop_strings),
         )
+        for record in entry.records:
+            for token in record:
+                generation._take(token)
+            generation._close_piece()
+        generation.published = len(entry.records)
+        entry.records = []
+        return generation
+
+    @property
+    def streams(self) -> bool:
+        return self.entry.request.stream
 
     def push(self, token: int, at: float, finish: FinishReason | None) -> FinishReason | None:
         """Take one token; says why the generation ends, which a stop string may decide before the batcher does."""
-        self.completion_tokens += 1
-        self.first_token_at = at if self.first_token_at is None else self.first_token_at
+        if self.completion_tokens == 0:
+            self.first_token_at = at
         self.last_token_at = at
-        if finish != "stop":  # a token that stops the sequence is not part of the text
-            self.text += self.stops.push(self.detokenizer.push(token))
+        if finish == "stop":  # a token that stops the sequence is not part of the text
+            self.completion_tokens += 1
+        else:
+            self._take(token)
         if finish is not None and not self.stops.stopped:
             self.text += self.stops.push(self.detokenizer.finish())
             self.text += self.stops.finish()
         return "stop" if self.stops.stopped else finish
 
-    def next_chunk(self, reason: FinishReason | None = None) -> replies.Chunk | None:
-        """What isn't published yet, as the next numbered chunk; None when there is nothing to say."""
-        text = self.text[self.published :]
-        if not text and reason is None:
+    def cut(self) -> tuple[int, list[int]] | None:
+        """End a piece here: its number and tokens; None when there is nothing to publish yet."""
+        if not self._uncut or (self.streams and len(self.text) == self.cuts[-1]):
             return None
+        tokens = self._uncut
+        self._close_piece()
+        return len(self.cuts) - 2, tokens
+
+    def chunk(self, number: int, reason: FinishReason | None = None) -> replies.Chunk:
+        """A piece as it is published."""
         data = openai.piece(
-            chat=self.chat,
-            request_id=self.request_id,
-            created=self.created,
-            model=self.model,
-            text=text,
+            chat=self.entry.request.is_chat,
+            request_id=self.entry.request_id,
+            created=int(self.entry.accepted_at),
+            model=self.entry.model,
+            text=self.text[self.cuts[number] : self.cuts[number + 1]],
             reason=reason,
-            first=self.chunks == 0,
+            first=number == 0,
         )
-        chunk = replies.Chunk(self.request_id, self.chunks, data)
-        self.published = len(self.text)
-        self.chunks += 1
-        return chunk
+        return replies.Chunk(self.entry.request_id, number, data)
+
+    def last_chunk(self, reason: FinishReason) -> replies.Chunk | None:
+        """The rest, with the reason of the end; None for a request that doesn't stream."""
+        self._close_piece()
+        return self.chunk(len(self.cuts) - 2, reason) if self.streams else None
 
     def result(self, reason: FinishReason, at: float) -> replies.Result:
-        usage = Usage(self.prompt_tokens, self.completion_tokens, self.prompt_tokens + self.completion_tokens)
+        prompt_tokens = len(self.entry.prompt)
         data = openai.answer(
-            chat=self.chat,
-            request_id=self.request_id,
-            created=self.created,
-            model=self.model,
+            chat=self.entry.request.is_chat,
+            request_id=self.entry.request_id,
+            created=int(self.entry.accepted_at),
+            model=self.entry.model,
             text=self.text,
             reason=reason,
-            usage=usage,
+            usage=Usage(prompt_tokens, self.completion_tokens, prompt_tokens + self.completion_tokens),
         )
-        return replies.Result(self.request_id, data, self.timings(at), self.chunks)
+        chunks = len(self.cuts) - 1 if self.streams else 0
+        return replies.Result(self.entry.request_id, data, self.timings(at), chunks, self.entry.attempt)
 
     def timings(self, at: float) -> replies.Timings:
         started = self.started_at if self.started_at is not None else at
@@ -149,3 +168,12 @@ class Generation:
             ttft_s=None if first is None else first - self.accepted_at,
             total_s=at - self.accepted_at,
         )
+
+    def _take(self, token: int) -> None:
+        self.completion_tokens += 1
+        self._uncut.append(token)
+        self.text += self.stops.push(self.detokenizer.push(token))
+
+    def _close_piece(self) -> None:
+        self._uncut = []
+        self.cuts.append(len(self.text))

@@ -18,11 +18,40 @@ class Metrics:
         self.waiting = Gauge("tokenbus_waiting_requests", "Sequences waiting to run", registry=registry)
         self.kv_usage = Gauge("tokenbus_kv_usage_ratio", "Share of KV blocks in use", registry=registry)
         self.worker_up = Gauge("tokenbus_worker_up", "1 while the worker process serves", registry=registry)
+        self.accepted = Counter(
+            "tokenbus_requests_accepted", "Requests taken up, those of earlier processes included", registry=registry
+        )
         self.requests = Counter("tokenbus_requests", "Requests by how they ended", ["outcome"], registry=registry)
+        self.rejections = Counter(
+            "tokenbus_rejections", "Messages refused, by error code", ["reason"], registry=registry
+        )
+        self.quarantined = Counter(
+            "tokenbus_requests_quarantined", "Requests given up because the worker died of them", registry=registry
+        )
+        self.outstanding = Gauge(
+            "tokenbus_outstanding_requests", "Accepted requests that haven't ended", registry=registry
+        )
+        self.kv_blocks_free = Gauge("tokenbus_kv_blocks_free", "KV blocks nobody holds", registry=registry)
+        self.kv_blocks = Gauge("tokenbus_kv_blocks", "KV blocks in all", registry=registry)
+        self.unacknowledged = Gauge(
+            "tokenbus_unacknowledged_messages",
+            "QoS 1 messages waiting for an acknowledgement, by who owes it",
+            ["by"],
+            registry=registry,
+        )
+        self.undelivered = Gauge(
+            "tokenbus_undelivered_messages", "Replies the broker hasn't acknowledged", registry=registry
+        )
+        self.journal_lag = Gauge("tokenbus_journal_waiting_writes", "Writes queued for the journal", registry=registry)
+        self.draining = Gauge("tokenbus_draining", "1 while nothing new is taken up", registry=registry)
         self.tokens = Counter("tokenbus_tokens", "Tokens by kind", ["kind"], registry=registry)
         self.wasted = Counter("tokenbus_wasted_tokens", "Tokens computed in vain", ["reason"], registry=registry)
         self.preemptions = Counter("tokenbus_preemptions", "Sequences preempted for want of blocks", registry=registry)
         self.worker_restarts = Counter("tokenbus_worker_restarts", "Worker processes replaced", registry=registry)
+        self.step_failures = Counter("tokenbus_step_failures", "Steps that failed and were repeated", registry=registry)
+        self.broker_dropped = Counter(
+            "tokenbus_broker_dropped_messages", "Messages the broker dropped for full queues", registry=registry
+        )
         self.ttft = Histogram(
             "tokenbus_time_to_first_token_seconds",
             "From acceptance to the first token",
@@ -47,20 +76,22 @@ class Metrics:
 
     def observe_step(self, report: StepReport) -> None:
         """Take in one iteration."""
-        self.running.set(report.running)
-        self.waiting.set(report.waiting)
-        self.kv_usage.set(report.kv_usage)
+        if report.ok:
+            self._observe_work(report)
+        else:
+            self.step_failures.inc()
+        self.preemptions.inc(self._growth("preemptions", report.preemptions))
+        self.wasted.labels("recompute").inc(self._growth("recompute", report.recomputed_tokens))
+        self.wasted.labels("ended").inc(self._growth("ended", report.late_tokens))
+        self.worker_restarts.inc(self._growth("restarts", report.worker_restarts))
+
+    def _observe_work(self, report: StepReport) -> None:
         self.batch_size.observe(len(report.rows))
         self.step.observe(report.seconds)
         self.gap.observe(report.gap_s)
         self.tokens.labels("prefill").inc(report.prefill_tokens)
         self.tokens.labels("decode").inc(report.decode_tokens)
         self.tokens.labels("generated").inc(len(report.events))
-        self.preemptions.inc(self._growth("preemptions", report.preemptions))
-        self.wasted.labels("recompute").inc(self._growth("recompute", report.recomputed_tokens))
-        self.wasted.labels("ended").inc(self._growth("ended", report.late_tokens))
-
-        self.worker_restarts.inc(self._growth("restarts", report.worker_restarts))
 
     def _growth(self, name: str, total: int) -> int:
         """How far a running total of the batcher has grown since the last report."""

@@ -1,24 +1,32 @@
-"""Wires everything together: broker, worker, transport, ingress, egress, loop, metrics; start and stop."""
+"""Wires everything together: broker, worker, journal, transport, ingress, egress, loop, metrics; start, drain and stop."""
 
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from platformdirs import user_state_path
-from prometheus_client import start_http_server
 
 from protocol import replies, topics
 from protocol.errors import ServiceError
 from protocol.transport import BrokerAddress, Transport, Will
-from scheduler.config import EMBEDDED, Config
-from scheduler.loop import Engine
+from scheduler.admission import Admission, Bounds
+from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
+from scheduler.http import HttpServer, tls_context
+from scheduler.journal.entry import Journal
+from scheduler.journal.memory import MemoryJournal
+from scheduler.journal.sqlite import SqliteJournal
+from scheduler.loop import Engine, Patience
 from scheduler.metrics import Metrics
 from scheduler.mqtt.broker import EmbeddedBroker
+from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
-from scheduler.mqtt.ingress import SUBSCRIPTIONS, Ingress
-from scheduler.text import Text
+from scheduler.mqtt.ingress import SUBSCRIPTIONS, Ingress, Reader
+from scheduler.mqtt.watch import BrokerWatch
+from scheduler.recovery import Recovery
+from scheduler.text import Text, preload
 
 logger = logging.getLogger(__name__)
 
@@ -27,57 +35,187 @@ _GOODBYE_S = 5.0
 
 
 class Service:
-    """A running service: where its broker and metrics are, and its engine."""
+    """A running service: where its broker and metrics are, and its parts."""
 
-    def __init__(self, config: Config, broker_url: str, metrics_url: str, engine: Engine, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        broker_url: str,
+        metrics_url: str,
+        engine: Engine,
+        metrics: Metrics,
+        transport: Transport,
+        journal: Journal,
+        admission: Admission,
+        delivery: Delivery,
+        egress: Egress,
+        ingress: Ingress,
+    ) -> None:
         self.config = config
         self.broker_url = broker_url
         self.metrics_url = metrics_url
         self.engine = engine
         self.metrics = metrics
+        self.transport = transport
+        self.journal = journal
+        self.admission = admission
+        self.delivery = delivery
+        self.egress = egress
+        self.ingress = ingress
+
+    @property
+    def unanswered(self) -> int:
+        """Accepted requests whose terminal message the broker doesn't have."""
+        return len(self.egress) + len(self.delivery)
+
+    async def drain(self) -> None:
+        """Take nothing new up and let what runs finish, for as long as the configuration allows."""
+        self.ingress.drain()
+        logger.info("draining", extra={"running": len(self.egress)})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.service.drain_s):
+                await self.publish_status(replies.Status("draining"))
+                await self.egress.wait_empty()
+                await self.delivery.wait_empty()
+
+    async def publish_status(self, status: replies.Status) -> None:
+        topic = topics.status(self.config.service.replica)
+        await self.transport.publish(topic, replies.encode(status), retain=True)
+
+    async def say_goodbye(self) -> None:
+        """What was accepted stays in the journal; without one, it is told that it is lost."""
+        if not self.journal.durable:
+            self.egress.fail_all(ServiceError("unavailable", "the service is stopping; send the request again"))
+        await self.delivery.close(_GOODBYE_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GOODBYE_S):
+                await self.publish_status(replies.Status("offline"))
+
+    def ready(self) -> dict[str, bool]:
+        """What must hold for new requests to be taken up at once."""
+        stalled = self.engine.worker_owes_since_s > self.config.engine.stalled_after_s
+        return {
+            "worker": self.engine.worker_up and not stalled,
+            "broker": self.transport.connected,
+            "journal": not self.journal.full,
+            "accepting": self.ingress.accepting,
+        }
+
+
+class Health:
+    """What the health checks tell; nothing is ready before the service is there."""
+
+    def __init__(self) -> None:
+        self.service: Service | None = None
+
+    def live(self) -> dict[str, bool]:
+        """That the event loop answers is all there is to say: a loop of ours that fails ends the process."""
+        return {"loop": True}
+
+    def ready(self) -> dict[str, bool]:
+        return {"started": False} if self.service is None else self.service.ready()
 
 
 @contextlib.asynccontextmanager
 async def running(config: Config) -> AsyncIterator[Service]:
     """``async with running(config) as service``: everything is up inside the block and down after it.
 
-    Raises WorkerRefused, WorkerDied, BrokerNotFound, BrokerFailed or TransportError when it can't start.
+    Raises ConfigError, WorkerRefused, WorkerDied, JournalError, BrokerNotFound, BrokerFailed, TransportError or OSError
+    when it can't start, and JournalError when it can't go on.
     """
-    metrics = Metrics()
+    data_dir = _data_dir(config)
     async with contextlib.AsyncExitStack() as stack:
-        broker_url = await _broker(config, stack)
-        engine = await stack.enter_async_context(Engine(config.worker()))
-        text = await asyncio.to_thread(Text, engine.info.model_path)
-        metrics_url = _serve_metrics(config, metrics, stack)
-        transport = await stack.enter_async_context(_transport(config, broker_url))
-        # Replies outlive the loops: should one of those fail for good, every request still gets its terminal message.
-        deliveries = await stack.enter_async_context(asyncio.TaskGroup())
-        egress = Egress(transport, engine, metrics, deliveries, config.service.flush_ms / 1000)
-        ingress = Ingress(
-            transport,
-            text,
-            engine,
-            egress,
-            model=config.model.alias,
-            max_payload_bytes=config.service.max_payload_bytes,
+        broker_url = await _broker(config, data_dir, stack)
+        service = await _start(config, data_dir, broker_url, stack)
+        recovery = Recovery(
+            service.journal,
+            service.engine,
+            service.admission,
+            service.delivery,
+            service.egress,
+            config.model.alias,
+            config.engine.attempts,
         )
-        metrics.worker_up.set_function(lambda: engine.worker_up)
-        stack.push_async_callback(_say_goodbye, config, transport, egress)
-        async with _looping(engine, egress, ingress):
-            online = replies.Status("online", config.model.alias, engine.info.max_model_len, config.engine.max_running)
-            await _publish_status(config, transport, online)
-            logger.info("serving %s at %s, metrics at %s", config.model.alias, broker_url, metrics_url)
-            yield Service(config, broker_url, metrics_url, engine, metrics)
+        stack.push_async_callback(service.say_goodbye)
+        async with _looping(service, recovery):
+            yield service
+
+
+async def _start(config: Config, data_dir: Path, broker_url: str, stack: contextlib.AsyncExitStack) -> Service:
+    """Everything, from the worker outwards; the journal before the transport, for whose file it is, its session it is."""
+    metrics = Metrics()
+    engine = Engine(config.worker(), _patience(config))
+    health = Health()
+    http = HttpServer(
+        config.metrics.host,
+        config.metrics.port,
+        registry=metrics.registry,
+        live=health.live,
+        ready=health.ready,
+        tls=tls_context(config.metrics),
+    )
+    await stack.enter_async_context(http)
+    await asyncio.gather(stack.enter_async_context(engine), asyncio.to_thread(preload))
+    text = await _text(engine.info.model_path)
+    journal = await stack.enter_async_context(_journal(config, data_dir))
+    transport = await stack.enter_async_context(_transport(config, data_dir, broker_url))
+    # Replies outlive the loops: should one of those fail for good, what has ended still reaches its tenant.
+    tasks = await stack.enter_async_context(asyncio.TaskGroup())
+    limits = config.limits
+    bounds = Bounds(limits.outstanding_per_tenant, limits.outstanding, limits.prompt_tokens)
+    admission = Admission(bounds, engine.now)
+    delivery = Delivery(transport, journal, tasks)
+    egress = Egress(delivery, journal, engine, text, admission, metrics, config.service.flush_ms / 1000)
+    reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
+    ingress = Ingress(transport, reader, journal, admission, egress, delivery, BrokerWatch(metrics.broker_dropped))
+    service = Service(
+        config,
+        broker_url=broker_url,
+        metrics_url=f"{http.url}/metrics",
+        engine=engine,
+        metrics=metrics,
+        transport=transport,
+        journal=journal,
+        admission=admission,
+        delivery=delivery,
+        egress=egress,
+        ingress=ingress,
+    )
+    health.service = service
+    _watch(metrics, service)
+    return service
+
+
+def _watch(metrics: Metrics, service: Service) -> None:
+    """Gauges that are read when somebody asks."""
+    engine, transport = service.engine, service.transport
+    batcher = engine.batcher
+    for gauge, read in (
+        (metrics.worker_up, lambda: engine.worker_up),
+        (metrics.running, lambda: len(batcher.running)),
+        (metrics.waiting, lambda: batcher.num_waiting),
+        (metrics.kv_usage, lambda: 1 - batcher.pool.num_free / batcher.pool.num_blocks),
+        (metrics.kv_blocks_free, lambda: batcher.pool.num_free),
+        (metrics.kv_blocks, lambda: batcher.pool.num_blocks),
+        (metrics.outstanding, lambda: len(service.egress)),
+        (metrics.undelivered, lambda: len(service.delivery)),
+        (metrics.unacknowledged.labels("broker"), lambda: transport.unacknowledged),
+        (metrics.unacknowledged.labels("service"), lambda: transport.unacknowledged_incoming),
+        (metrics.journal_lag, lambda: service.journal.lag),
+        (metrics.draining, lambda: service.ingress.draining),
+    ):
+        gauge.set_function(read)
 
 
 @contextlib.asynccontextmanager
-async def _looping(engine: Engine, egress: Egress, ingress: Ingress) -> AsyncIterator[None]:
-    """The four loops run inside the block; one that fails ends the block with its exception."""
+async def _looping(service: Service, recovery: Recovery) -> AsyncIterator[None]:
+    """The loops run inside the block; one that fails ends the block with its exception."""
     loops = (
-        ("loop", engine.run()),
-        ("egress", egress.run()),
-        ("flush", egress.flush_regularly()),
-        ("ingress", ingress.run()),
+        ("loop", service.engine.run()),
+        ("egress", service.egress.run()),
+        ("flush", service.egress.flush_regularly()),
+        ("ingress", _take_in(service, recovery)),
     )
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(work, name=name) for name, work in loops]
@@ -88,47 +226,81 @@ async def _looping(engine: Engine, egress: Egress, ingress: Ingress) -> AsyncIte
                 task.cancel()
 
 
-async def _say_goodbye(config: Config, transport: Transport, egress: Egress) -> None:
-    await egress.close(ServiceError("unavailable", "the service is stopping; send the request again"), _GOODBYE_S)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_GOODBYE_S):
-            await _publish_status(config, transport, replies.Status("offline"))
+async def _take_in(service: Service, recovery: Recovery) -> None:
+    """First what an earlier process left, then what comes."""
+    await recovery.run()
+    model = service.config.model.alias
+    online = replies.Status("online", model, service.engine.info.max_model_len, service.config.engine.max_running)
+    await service.publish_status(online)
+    logger.info("serving %s at %s, metrics at %s", model, service.broker_url, service.metrics_url)
+    await service.ingress.run()
 
 
-async def _broker(config: Config, stack: contextlib.AsyncExitStack) -> str:
-    if config.broker.url != EMBEDDED:
-        return config.broker.url
+def _patience(config: Config) -> Patience:
+    engine = config.engine
+    return Patience(engine.step_timeout_s, engine.heartbeat_s, engine.attempts)
+
+
+def _data_dir(config: Config) -> Path:
+    """Where what outlives this process is kept."""
     if config.broker.data_dir is not None:
         data_dir = Path(config.broker.data_dir)
     else:
         data_dir = user_state_path("tokenbus") / config.service.replica
     data_dir.mkdir(parents=True, exist_ok=True)
+    return data_dir
+
+
+async def _broker(config: Config, data_dir: Path, stack: contextlib.AsyncExitStack) -> str:
+    if config.broker.url != EMBEDDED:
+        return config.broker.url
     broker = await stack.enter_async_context(EmbeddedBroker(data_dir=data_dir, port=config.broker.port))
     return broker.url
 
 
-def _serve_metrics(config: Config, metrics: Metrics, stack: contextlib.AsyncExitStack) -> str:
-    host = config.metrics.host
-    server, thread = start_http_server(config.metrics.port, host, metrics.registry)
-    stack.callback(thread.join)
-    stack.callback(server.server_close)
-    stack.callback(server.shutdown)
-    return f"http://{host}:{server.server_port}/metrics"
+async def _text(path: str) -> Text:
+    try:
+        return await asyncio.to_thread(Text, path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: no tokenizer that we can use: {error}") from None
 
 
-def _transport(config: Config, broker_url: str) -> Transport:
+def _journal(config: Config, data_dir: Path) -> contextlib.AbstractAsyncContextManager[Journal]:
+    journal = config.journal
+    if journal.path == OFF:
+        return MemoryJournal()
+    path = data_dir / "journal.sqlite3" if journal.path is None else Path(journal.path)
+    return SqliteJournal(path, retention_s=journal.retention_s, max_bytes=journal.max_mb * 2**20)
+
+
+def _transport(config: Config, data_dir: Path, broker_url: str) -> Transport:
     broker, replica = config.broker, config.service.replica
-    password = None if broker.password_file is None else Path(broker.password_file).read_text().strip()
-    address = BrokerAddress.parse(broker_url, username=broker.username, password=password, ca_file=broker.ca_file)
+    password = None if broker.password_file is None else read_password(Path(broker.password_file))
+    address = BrokerAddress.parse(
+        broker_url,
+        username=broker.username,
+        password=password,
+        ca_file=broker.ca_file,
+        cert_file=broker.cert_file,
+        key_file=broker.key_file,
+    )
     offline = Will(topics.status(replica), replies.encode(replies.Status("offline")), retain=True)
     return Transport(
         address,
-        identifier=f"tokenbus-service-{replica}",
-        subscriptions=SUBSCRIPTIONS,
+        identifier=_identifier(data_dir, replica),
+        subscriptions=(*SUBSCRIPTIONS, BrokerWatch.SUBSCRIPTION),
         will=offline,
         session_expiry_s=broker.session_expiry_s,
     )
 
 
-async def _publish_status(config: Config, transport: Transport, status: replies.Status) -> None:
-    await transport.publish(topics.status(config.service.replica), replies.encode(status), retain=True)
+def _identifier(data_dir: Path, replica: str) -> str:
+    """Our name on the broker, made once and kept: whoever else connects under it takes our session and its queue.
+
+    The broker's ACL says nothing of such names, so a tenant must not be able to guess it.
+    """
+    file = data_dir / "session"
+    if not file.exists():
+        file.touch(mode=0o600)
+        file.write_text(secrets.token_hex(16))
+    return f"tokenbus-service-{replica}-{file.read_text()}"

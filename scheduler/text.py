@@ -17,17 +17,26 @@ _CONTEXT_TOKENS = 6
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
+def preload() -> None:
+    """Import what takes a second, so that a thread can while the worker starts."""
+    import transformers  # noqa: PLC0415
+
+    # Not AutoTokenizer, which would import torch: two seconds and 250 MB that only a worker needs.
+    transformers.PreTrainedTokenizerFast  # noqa: B018 - it is imported at the first access
+
+
 class Text:
     """The tokenizer of one model. Thread-safe."""
 
     def __init__(self, path: str) -> None:
-        from transformers import AutoTokenizer  # noqa: PLC0415 - takes a second; only the service needs it
+        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - see preload
 
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
 
     @property
     def backend(self) -> "Tokenizer":
-        return self._tokenizer.backend_tokenizer
+        backend: Tokenizer = self._tokenizer.backend_tokenizer
+        return backend
 
     def prompt_tokens(self, request: Request) -> list[int]:
         """Token ids of the prompt, through the chat template for messages. Raises BadRequest."""

@@ -1,38 +1,51 @@
-"""Out: what the engine reports becomes numbered chunks, coalesced over a few tens of milliseconds, and one terminal message."""
+"""Out: what the engine reports becomes numbered pieces, coalesced over a few tens of milliseconds, and one terminal message."""
 
 import asyncio
 import logging
+import time
+from collections.abc import Awaitable
 
-from protocol import replies
-from protocol.errors import ErrorBody, ServiceError
-from protocol.replies import Accepted, Cancelled, Failed, Reply
-from protocol.transport import PayloadTooLarge, PublishRefused, Transport
+from protocol.errors import ErrorBody, RequestError, ServiceError
+from protocol.replies import Accepted, Cancelled, Chunk, Failed, Terminal
+from scheduler.admission import Admission
 from scheduler.core.sequence import FinishReason
-from scheduler.generation import Generation
-from scheduler.loop import Engine, StepReport
+from scheduler.generation import Generation, sequence_for
+from scheduler.journal.entry import Entry, Journal, Listener
+from scheduler.loop import Engine, Failure, StepReport
 from scheduler.metrics import Metrics
+from scheduler.mqtt.delivery import Delivery
+from scheduler.text import Text
 
 logger = logging.getLogger(__name__)
 
+#: Clients that hear the answer to one request; another one takes the oldest one's place.
+_MOST_LISTENERS = 16
+
 
 class Egress:
-    """Holds every accepted request until its terminal message is on its way.
-
-    ``tasks`` runs the publishes that wait for the broker's acknowledgement.
-    """
+    """Holds every accepted request until it ends."""
 
     def __init__(
-        self, transport: Transport, engine: Engine, metrics: Metrics, tasks: asyncio.TaskGroup, flush_s: float
+        self,
+        delivery: Delivery,
+        journal: Journal,
+        engine: Engine,
+        text: Text,
+        admission: Admission,
+        metrics: Metrics,
+        flush_s: float,
     ) -> None:
-        self._transport = transport
+        self._delivery = delivery
+        self._journal = journal
         self._engine = engine
+        self._text = text
+        self._admission = admission
         self._metrics = metrics
-        self._tasks = tasks
         self._flush_s = flush_s
-        self._deliveries: set[asyncio.Task[None]] = set()
         self._generations: dict[str, Generation] = {}
         self._dirty: set[str] = set()
         self._text_came = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def __contains__(self, id: str) -> bool:
         return id in self._generations
@@ -40,21 +53,51 @@ class Egress:
     def __len__(self) -> int:
         return len(self._generations)
 
-    def accept(self, id: str, generation: Generation) -> None:
-        """From here on the request ends in exactly one terminal message."""
-        self._generations[id] = generation
-        self.confirm(id)
+    def begin(self, entry: Entry) -> None:
+        """Run an entry that has its place, and say that it is in. From here on it ends in exactly one terminal message."""
+        try:
+            sequence = sequence_for(entry, self._engine.info)
+            generation = Generation.of(entry, self._text, self._engine.now() - max(time.time() - entry.accepted_at, 0))
+            self._engine.submit(sequence)
+        except RequestError as error:
+            self._admission.release(entry.tenant, len(entry.prompt))
+            self.abandon(entry, error.body)
+            return
+        self._generations[entry.id] = generation
+        self._metrics.accepted.inc()
+        for listener in entry.listeners:
+            self._delivery.send(listener, Accepted(entry.request_id))
+        if (
+            generation.streams and generation.published
+        ):  # perhaps journalled by a process that died before publishing it
+            self._delivery.publish_chunk(entry.listeners, generation.chunk(generation.published - 1))
 
-    def confirm(self, id: str) -> None:
-        """Say, perhaps once more, that the request is in."""
+    def abandon(self, entry: Entry, error: ErrorBody) -> None:
+        """End an accepted request that can't run, or may not."""
+        self._metrics.accepted.inc()
+        self._metrics.requests.labels("error").inc()
+        logger.info(
+            "request ended", extra={"tenant": entry.tenant, "request_id": entry.request_id, "outcome": error.code}
+        )
+        self._delivery.finish(entry, Failed(entry.request_id, error, entry.attempt))
+
+    def join(self, id: str, listener: Listener) -> Awaitable[None]:
+        """Let one more hear the answer, from its beginning."""
         generation = self._generations[id]
-        self._send(generation.topic, Accepted(generation.request_id), generation.correlation)
+        entry = generation.entry
+        self._delivery.send(listener, Accepted(entry.request_id))
+        if generation.streams:
+            for number in range(generation.published):
+                self._delivery.publish_chunk([listener], generation.chunk(number))
+        if listener not in entry.listeners:
+            entry.listeners = [*entry.listeners, listener][-_MOST_LISTENERS:]
+        return self._journal.listen(id, entry.listeners)
 
-    def refuse(self, topic: str, request_id: str | None, error: ErrorBody, correlation: bytes | None) -> None:
-        """Answer a request that was never accepted."""
-        self._metrics.requests.labels("rejected").inc()
-        logger.info("request refused", extra={"topic": topic, "code": error.code, "param": error.param})
-        self._send(topic, Failed(request_id, error), correlation)
+    def refuse(self, listener: Listener, request_id: str | None, error: ErrorBody) -> None:
+        """Answer a message that isn't accepted."""
+        self._metrics.rejections.labels(error.code).inc()
+        logger.info("request refused", extra={"topic": listener.topic, "code": error.code, "param": error.param})
+        self._delivery.send(listener, Failed(request_id, error))
 
     def cancel(self, id: str) -> bool:
         """End a running request at its tenant's wish; False when there is none of that id."""
@@ -62,33 +105,56 @@ class Egress:
         if generation is None:
             return False
         self._engine.end(id)
-        self._end(id, Cancelled(generation.request_id, generation.completion_tokens), "cancelled")
+        entry = generation.entry
+        reply = Cancelled(entry.request_id, generation.completion_tokens, entry.attempt)
+        self._end(generation, reply, "cancelled")
         return True
 
-    async def close(self, error: ServiceError, within_s: float) -> None:
-        """End everything that runs, because the service itself ends; what the broker doesn't take in time is dropped."""
-        for id in list(self._generations):
-            self._engine.end(id)
-            self._fail(id, error)
-        if self._deliveries:
-            _, late = await asyncio.wait(self._deliveries, timeout=within_s)
-            for delivery in late:
-                delivery.cancel()
+    def fail_all(self, error: ServiceError) -> None:
+        """End everything that runs, for want of a journal to keep it."""
+        for generation in list(self._generations.values()):
+            self._engine.end(generation.entry.id)
+            self._fail(generation, error)
+
+    async def wait_empty(self) -> None:
+        """Wait until no accepted request is left."""
+        while self._generations:
+            await self._changes()
+
+    async def wait_for_token(self, id: str) -> None:
+        """Wait until a request has generated a token in this process, or ended."""
+        while id in self._generations and self._generations[id].last_token_at is None:
+            await self._changes()
 
     async def run(self) -> None:
         """Turn reports into text, for ever."""
         while True:
             self._take(await self._engine.reports.get())
+            self._changed.set()
 
     async def flush_regularly(self) -> None:
-        """Publish what has come since the last time, never more often than every ``flush_s``."""
+        """Journal and publish what has come since the last time, never more often than every ``flush_s``."""
         while True:
             await self._text_came.wait()
             self._text_came.clear()
-            for id in self._dirty:
-                self._publish_chunk(self._generations[id])
-            self._dirty.clear()
+            await self._flush()
             await asyncio.sleep(self._flush_s)
+
+    async def _flush(self) -> None:
+        """A chunk is published once its tokens are journalled: what a client has seen can't come out otherwise later."""
+        dirty, self._dirty = self._dirty, set()
+        pieces = [(generation, *cut) for id in dirty if (cut := (generation := self._generations[id]).cut())]
+        if not pieces:
+            return
+        await self._journal.progress([(generation.entry.id, number, tokens) for generation, number, tokens in pieces])
+        for generation, number, _ in pieces:
+            generation.published = number + 1
+            if generation.streams:
+                self._delivery.publish_chunk(generation.entry.listeners, generation.chunk(number))
+
+    async def _changes(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
 
     def _take(self, report: StepReport) -> None:
         self._metrics.observe_step(report)
@@ -99,64 +165,62 @@ class Egress:
         for event in report.events:
             generation = self._generations.get(event.id)
             if generation is not None:
-                self._take_token(event.id, generation, event.token, event.finish, report.at)
-        for id in report.failed:
-            if id in self._generations:
-                self._fail(id, ServiceError("internal", "the model failed on every step with this request in it"))
+                self._take_token(generation, event.token, event.finish, report.at)
+        for failure in report.given_up:
+            generation = self._generations.get(failure.id)
+            if generation is not None:
+                self._give_up(generation, failure)
 
-    def _take_token(self, id: str, generation: Generation, token: int, finish: FinishReason | None, at: float) -> None:
-        if generation.last_token_at is None:
-            self._metrics.ttft.observe(at - generation.accepted_at)
-        else:
+    def _take_token(self, generation: Generation, token: int, finish: FinishReason | None, at: float) -> None:
+        if generation.last_token_at is not None:
             self._metrics.itl.observe(at - generation.last_token_at)
+        elif generation.completion_tokens == 0:  # else an earlier process gave the first one
+            self._metrics.ttft.observe(at - generation.accepted_at)
         reason = generation.push(token, at, finish)
         if reason is None:
-            if generation.streams:
-                self._dirty.add(id)
-                self._text_came.set()
+            self._dirty.add(generation.entry.id)
+            self._text_came.set()
             return
         if finish is None:
-            self._engine.end(id)
-        self._publish_chunk(generation, reason)
-        self._end(id, generation.result(reason, at), reason)
+            self._engine.end(generation.entry.id)
+        last = generation.last_chunk(reason)
+        self._end(generation, generation.result(reason, at), reason, last)
 
-    def _publish_chunk(self, generation: Generation, reason: FinishReason | None = None) -> None:
-        """QoS 0: the terminal message makes up for a lost one."""
-        if generation.streams and (chunk := generation.next_chunk(reason)) is not None:
-            self._transport.publish_nowait(generation.topic, replies.encode(chunk), correlation=generation.correlation)
+    def _give_up(self, generation: Generation, failure: Failure) -> None:
+        if not failure.crashed:
+            self._fail(generation, ServiceError("internal", "the model failed on every step with this request in it"))
+            return
+        entry = generation.entry
+        reason = f"the worker died {failure.failures} times with this request in its step, at last with it alone"
+        self._metrics.quarantined.inc()
+        self._delivery.quarantine(entry, reason, failure.failures)
+        self._fail(generation, ServiceError("quarantined", reason))
 
-    def _fail(self, id: str, error: ServiceError) -> None:
-        self._end(id, Failed(self._generations[id].request_id, error.body), "error")
+    def _fail(self, generation: Generation, error: ServiceError) -> None:
+        entry = generation.entry
+        self._end(generation, Failed(entry.request_id, error.body, entry.attempt), "error")
 
-    def _end(self, id: str, reply: Reply, outcome: str) -> None:
-        generation = self._generations.pop(id)
-        self._dirty.discard(id)
-        now = self._engine.now()
-        timings = generation.timings(now)
+    def _end(self, generation: Generation, reply: Terminal, outcome: str, last: Chunk | None = None) -> None:
+        entry = generation.entry
+        del self._generations[entry.id]
+        self._dirty.discard(entry.id)
+        self._admission.leave(entry.tenant, len(entry.prompt))
+        timings = generation.timings(self._engine.now())
         self._metrics.requests.labels(outcome).inc()
         self._metrics.e2e.observe(timings.total_s)
         logger.info(
             "request ended",
             extra={
-                "tenant": generation.tenant,
-                "request_id": generation.request_id,
+                "tenant": entry.tenant,
+                "request_id": entry.request_id,
                 "outcome": outcome,
-                "prompt_tokens": generation.prompt_tokens,
+                "attempt": entry.attempt,
+                "prompt_tokens": len(entry.prompt),
                 "completion_tokens": generation.completion_tokens,
                 "queued_s": round(timings.queued_s, 4),
                 "ttft_s": None if timings.ttft_s is None else round(timings.ttft_s, 4),
                 "total_s": round(timings.total_s, 4),
             },
         )
-        self._send(generation.topic, reply, generation.correlation)
-
-    def _send(self, topic: str, reply: Reply, correlation: bytes | None) -> None:
-        delivery = self._tasks.create_task(self._deliver(topic, reply, correlation), name=f"publish to {topic}")
-        self._deliveries.add(delivery)
-        delivery.add_done_callback(self._deliveries.discard)
-
-    async def _deliver(self, topic: str, reply: Reply, correlation: bytes | None) -> None:
-        try:
-            await self._transport.publish(topic, replies.encode(reply), correlation=correlation)
-        except (PublishRefused, PayloadTooLarge) as error:
-            logger.error("a reply to %r was lost: %s", topic, error)
+        self._delivery.finish(entry, reply, last)
+        self._changed.set()

@@ -1,16 +1,24 @@
-"""In: every message on the request and cancel topics is decoded, checked, and admitted or refused, then acknowledged."""
+"""In: decode, check, journal, acknowledge in the order of arrival, start. Every refusal is told to the sender."""
 
 import asyncio
+import contextlib
 import logging
+import time
+from dataclasses import dataclass
 
 from protocol import topics
-from protocol.errors import BadRequest, RequestError, ServiceError
+from protocol.errors import BadRequest, Busy, RequestError, ServiceError
+from protocol.plan import WorkerInfo
+from protocol.replies import Failed
 from protocol.request import Request, decode_request
 from protocol.topics import TopicError
 from protocol.transport import Incoming, Transport
-from scheduler.generation import Generation, sequence_for
-from scheduler.loop import Engine
+from scheduler.admission import Admission
+from scheduler.generation import check_fits, seed_for
+from scheduler.journal.entry import Entry, Journal, Listener, Taken, digest
+from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
+from scheduler.mqtt.watch import BrokerWatch
 from scheduler.text import Text
 
 logger = logging.getLogger(__name__)
@@ -18,66 +26,85 @@ logger = logging.getLogger(__name__)
 #: What the service subscribes to, at QoS 1.
 SUBSCRIPTIONS = ((topics.REQUESTS, 1), (topics.CANCELS, 1))
 
+#: Messages that are journalled together, at most.
+_MOST_AT_ONCE = 256
+_MOST_CORRELATION_BYTES = 1024
 
-class Ingress:
-    """The tenant is the topic's level, which the broker's ACL ties to the user; nothing in a message can claim another."""
 
-    def __init__(
-        self, transport: Transport, text: Text, engine: Engine, egress: Egress, *, model: str, max_payload_bytes: int
-    ) -> None:
-        self._transport = transport
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """A cancellation of a request; ``listener`` hears of one that comes too late, if it asked to."""
+
+    id: str
+    listener: Listener | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A message that can't be taken, and where its sender hears so."""
+
+    listener: Listener
+    request_id: str | None
+    error: RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Something that the broker tells of itself."""
+
+    incoming: Incoming
+
+
+#: None: nothing is to be done.
+Content = Entry | Cancel | Refusal | News | None
+
+
+class Reader:
+    """Makes of a message what it means. The tenant is the topic's level, which the broker's ACL ties to the user; nothing in
+    a message can claim another. Thread-safe."""
+
+    def __init__(self, text: Text, info: WorkerInfo, *, model: str, max_payload_bytes: int) -> None:
         self._text = text
-        self._engine = engine
-        self._egress = egress
+        self._info = info
         self._model = model
         self._max_payload_bytes = max_payload_bytes
 
-    async def run(self) -> None:
-        """One message after the other: acknowledgements must go out in the order the messages came."""
-        async for incoming in self._transport.messages():
-            await self._take(incoming)
-            self._transport.acknowledge(incoming)
-
-    async def _take(self, incoming: Incoming) -> None:
-        kind = incoming.topic.split("/", 4)[3]
+    def read(self, incoming: Incoming) -> Content:
+        if incoming.topic == BrokerWatch.TOPIC:
+            return News(incoming)
+        if incoming.retained:
+            logger.info("retained message ignored", extra={"topic": incoming.topic})
+            return None
         try:
-            if kind == "cancel":
-                self._cancel(incoming)
-            else:
-                await self._request(incoming)
+            is_cancel = incoming.topic.split("/", 4)[3] == "cancel"
+            return self._cancel(incoming) if is_cancel else self._request(incoming)
         except RequestError as error:
-            self._refuse(incoming, error)
+            return self._refusal(incoming, error)
+        except TopicError as error:
+            detail = str(error).partition(": ")[2]
+            return self._refusal(incoming, BadRequest(error.field, detail, "invalid_topic"))
         except Exception as error:  # noqa: BLE001 - whatever one message does to us, the next is another tenant's
             # Only the type: the text may hold a prompt.
             logger.error("a message on %r raised %s", incoming.topic, type(error).__name__)
-            self._refuse(incoming, ServiceError("internal", "the service failed on this request"))
+            return self._refusal(incoming, ServiceError("internal", "the service failed on this request"))
 
-    async def _request(self, incoming: Incoming) -> None:
-        try:
-            address = topics.parse_request(incoming.topic)
-            reply_topic = self._reply_topic(incoming, address.request_id)
-        except TopicError as error:
-            raise BadRequest(error.field, str(error).partition(": ")[2], "invalid_topic") from None
+    def _request(self, incoming: Incoming) -> Entry:
+        address = topics.parse_request(incoming.topic)
+        listener = _listener(incoming, address.request_id)
         if address.model != self._model:
             raise BadRequest("model", f"{address.model} is not served here, {self._model} is", "model_not_found")
         request = self._decode(incoming.payload, address.model)
-        id = f"{address.tenant}/{address.request_id}"
-        if id in self._egress:
-            self._egress.confirm(id)
-            return
-        prompt = await asyncio.to_thread(self._text.prompt_tokens, request)
-        sequence = sequence_for(id, request, prompt, self._engine.info)
-        generation = Generation.of(
-            sequence,
-            request,
-            self._text,
-            at=self._engine.now(),
+        prompt = self._text.prompt_tokens(request)
+        check_fits(request, prompt, self._info)
+        return Entry(
+            id=f"{address.tenant}/{address.request_id}",
             model=address.model,
-            topic=reply_topic,
-            correlation=incoming.correlation,
+            request=request,
+            prompt=prompt,
+            seed=seed_for(request),
+            accepted_at=time.time(),
+            listeners=[listener],
         )
-        self._engine.submit(sequence)
-        self._egress.accept(id, generation)
 
     def _decode(self, payload: bytes, model: str) -> Request:
         if len(payload) > self._max_payload_bytes:
@@ -89,29 +116,154 @@ class Ingress:
             raise BadRequest("model", f"must be absent or {model}, the model the topic names")
         return request
 
-    def _cancel(self, incoming: Incoming) -> None:
-        try:
-            address = topics.parse_cancel(incoming.topic)
-        except TopicError as error:
-            raise BadRequest(error.field, str(error).partition(": ")[2], "invalid_topic") from None
-        if self._egress.cancel(f"{address.tenant}/{address.request_id}") or incoming.response_topic is None:
+    def _cancel(self, incoming: Incoming) -> Cancel:
+        address = topics.parse_cancel(incoming.topic)
+        if incoming.payload:
+            raise BadRequest("body", "must be empty")
+        asked = incoming.response_topic is not None
+        listener = _listener(incoming, address.request_id) if asked else None
+        return Cancel(f"{address.tenant}/{address.request_id}", listener)
+
+    def _refusal(self, incoming: Incoming, error: RequestError) -> Refusal:
+        """To the sender's Response Topic, or under its id where these are usable, else to its catch-all topic."""
+        _, _, tenant, kind, *rest = incoming.topic.split("/")  # the filter lets a topic through that ends with its kind
+        request_id = rest[-1] if rest and topics.is_name(rest[-1]) else None
+        # The answers to a request are no place for what is wrong with its cancellation.
+        name = request_id if request_id is not None and kind == "req" else topics.UNADDRESSED
+        topic, correlation = topics.out(tenant, name), incoming.correlation
+        if incoming.response_topic is not None:
+            with contextlib.suppress(TopicError):
+                topic = topics.own_response_topic(tenant, incoming.response_topic)
+        if correlation is not None and len(correlation) > _MOST_CORRELATION_BYTES:
+            correlation = None
+        return Refusal(Listener(topic, correlation), request_id, error)
+
+
+class Ingress:
+    """Takes messages in, as many at once as have come; ``draining`` ends the taking up of new requests."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        reader: Reader,
+        journal: Journal,
+        admission: Admission,
+        egress: Egress,
+        delivery: Delivery,
+        watch: BrokerWatch,
+    ) -> None:
+        self._transport = transport
+        self._reader = reader
+        self._journal = journal
+        self._admission = admission
+        self._egress = egress
+        self._delivery = delivery
+        self._watch = watch
+        self.accepting = False
+        self.draining = False
+
+    async def run(self) -> None:
+        """Acknowledgements go out in the order the messages came, once what they asked for is journalled."""
+        self.accepting = not self.draining
+        async for batch in self._transport.batches(_MOST_AT_ONCE):
+            await self._delivery.room()
+            contents = await asyncio.to_thread(self._read_all, batch)
+            held = await self._take(contents)
+            for index, incoming in enumerate(batch):
+                if index not in held:
+                    self._transport.acknowledge(incoming)
+
+    def drain(self) -> None:
+        """Hold new requests back from now on: the broker keeps them for whoever serves next."""
+        self.draining = True
+        self.accepting = False
+
+    def _read_all(self, batch: list[Incoming]) -> list[Content]:
+        return [self._reader.read(incoming) for incoming in batch]
+
+    async def _take(self, contents: list[Content]) -> set[int]:
+        """Do what the messages ask for; returns the numbers of those that are not to be acknowledged."""
+        entries = {index: content for index, content in enumerate(contents) if isinstance(content, Entry)}
+        refused = self._refused(entries)
+        admitted = [index for index in entries if index not in refused]
+        taken = dict(zip(admitted, await self._journal.accept([entries[index] for index in admitted]), strict=True))
+        # Over a limit or not: a known id joins or replays.
+        if refused:
+            known = await self._journal.find([entries[index].id for index in refused])
+            taken.update(zip(refused, known, strict=True))
+        held: set[int] = set()
+        for index, content in enumerate(contents):
+            if not isinstance(content, Entry):
+                self._act(content)
+            elif (earlier := taken[index]) is not None:
+                await self._repeated(content, earlier)
+                if index not in refused:
+                    self._admission.release(content.tenant, len(content.prompt))
+            elif index not in refused:
+                self._egress.begin(content)
+            elif (error := refused[index]) is not None:
+                self._egress.refuse(content.listeners[0], content.request_id, error.body)
+            else:
+                held.add(index)
+        return held
+
+    def _act(self, content: Cancel | Refusal | News | None) -> None:
+        match content:
+            case Refusal():
+                self._egress.refuse(content.listener, content.request_id, content.error.body)
+            case Cancel():
+                self._cancel(content)
+            case News():
+                self._watch.take(content.incoming)
+            case None:
+                pass
+
+    def _refused(self, entries: dict[int, Entry]) -> dict[int, Busy | None]:
+        """Those that may not be taken up now: with the reason, or to be held because we are draining."""
+        refused: dict[int, Busy | None] = {}
+        for index, entry in entries.items():
+            try:
+                if self.draining:
+                    refused[index] = None
+                else:
+                    self._admission.enter(entry.tenant, len(entry.prompt), journal_full=self._journal.full)
+            except Busy as error:
+                refused[index] = error
+        return refused
+
+    async def _repeated(self, entry: Entry, taken: Taken) -> None:
+        """An id that is known already: join or replay, if the request is the same one."""
+        listener = entry.listeners[0]
+        if taken.digest != digest(entry.model, entry.request):
+            error = BadRequest("request_id", "was given to another request", "id_conflict")
+            self._egress.refuse(listener, entry.request_id, error.body)
+        elif entry.id in self._egress:
+            await self._egress.join(entry.id, listener)
+        else:
+            self._delivery.send(listener, taken.reply or await self._reply_of(entry))
+
+    async def _reply_of(self, entry: Entry) -> bytes | Failed:
+        """The terminal message of a request that ended while we looked."""
+        (taken,) = await self._journal.find([entry.id])
+        if taken is not None and taken.reply is not None:
+            return taken.reply
+        return Failed(entry.request_id, ServiceError("unavailable", "the result is gone; send the request again").body)
+
+    def _cancel(self, cancel: Cancel) -> None:
+        if self._egress.cancel(cancel.id) or cancel.listener is None:
             return
         # A cancel that comes too late is no error, so only who asked for an answer gets one.
-        raise BadRequest("request_id", f"{address.request_id} is not running", "not_found")
+        request_id = cancel.id.partition("/")[2]
+        error = BadRequest("request_id", f"{request_id} is not running", "not_found")
+        self._egress.refuse(cancel.listener, request_id, error.body)
 
-    def _reply_topic(self, incoming: Incoming, request_id: str) -> str:
-        """Raises TopicError for a Response Topic outside the sender's own tree."""
-        tenant = topics.tenant_of(incoming.topic)
-        if incoming.response_topic is None:
-            return topics.out(tenant, request_id)
-        return topics.own_response_topic(tenant, incoming.response_topic)
 
-    def _refuse(self, incoming: Incoming, error: RequestError) -> None:
-        """Tell the sender, on its Response Topic or under its id where these are usable, else on its catch-all topic."""
-        last = incoming.topic.rpartition("/")[2]
-        request_id = last if topics.is_name(last) else None
-        try:
-            topic = self._reply_topic(incoming, request_id or topics.UNADDRESSED)
-        except TopicError:
-            topic = topics.out(topics.tenant_of(incoming.topic), request_id or topics.UNADDRESSED)
-        self._egress.refuse(topic, request_id, error.body, incoming.correlation)
+def _listener(incoming: Incoming, name: str) -> Listener:
+    """Who hears the answer. Raises TopicError for a Response Topic outside the sender's own tree, BadRequest for
+    Correlation Data that is too long to keep."""
+    tenant = topics.tenant_of(incoming.topic)
+    if incoming.correlation is not None and len(incoming.correlation) > _MOST_CORRELATION_BYTES:
+        raise BadRequest("correlation_data", f"must be at most {_MOST_CORRELATION_BYTES} bytes")
+    if incoming.response_topic is None:
+        return Listener(topics.out(tenant, name), incoming.correlation)
+    return Listener(topics.own_response_topic(tenant, incoming.response_topic), incoming.correlation)

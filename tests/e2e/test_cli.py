@@ -84,8 +84,25 @@ async def test_what_keeps_it_from_starting_is_told_without_a_traceback(tmp_path)
         (("--set", "engine.max_runing=4"), "unknown field `max_runing`"),
         (("--set", f"model.path={tmp_path}", "--set", f"broker.data_dir={tmp_path}"), "config.json"),
         (("--config", str(tmp_path / "none.toml")), "none.toml"),
+        (("--set", "broker.url=mqtt://svc:hunter2@host"), "broker.url: give the password apart"),
     ):
         code, _, err = await run("serve", "--set", "metrics.port=0", *arguments)
         assert code == 1
         assert message in err.splitlines()[-1]
+        assert "Traceback" not in err
+        assert "hunter2" not in err
+
+
+async def test_credentials_that_cannot_be_used_are_told_without_a_traceback(tmp_path):
+    none = str(tmp_path / "none")
+    for arguments, message in (
+        (("--password-file", none), f"password file {none}: No such file"),
+        (("--broker", "mqtts://host", "--ca-file", none), f"{none} can't be read"),
+        (("--broker", "mqtts://host", "--key-file", none), "a key file needs its certificate file"),
+        (("--cert-file", none), "must begin with mqtts://"),
+        (("--tenant", "+"), "tenant: must be 1 to 64 characters"),
+    ):
+        code, _, err = await run("submit", *arguments, "Hello")
+        assert code == 1
+        assert message in err
         assert "Traceback" not in err

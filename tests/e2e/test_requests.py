@@ -2,8 +2,10 @@
 
 import ast
 import asyncio
+import json
 import subprocess
 import urllib.request
+import uuid
 from pathlib import Path
 
 import msgspec
@@ -128,6 +130,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "id", "body", "field", "says"), BAD, ids=[case[0] for case in BAD])
 async def test_bad_input_gets_a_typed_error_and_the_service_goes_on(running, name, id, body, field, says):
     del name
+    good = uuid.uuid4().hex
     async with tenant(running, "mallory") as transport:
         await transport.publish(f"tokenbus/v1/mallory/req/smollm2/{id}", body, correlation=b"c1")
         usable = id.rpartition("/")[2]
@@ -137,9 +140,9 @@ async def test_bad_input_gets_a_typed_error_and_the_service_goes_on(running, nam
         assert reply.error.param == field
         assert says in reply.error.message
         assert incoming.correlation == b"c1"
-        await transport.publish(topics.request("mallory", "smollm2", "good"), GREEDY)
-        await reply_on(transport, topics.out("mallory", "good"))
-        assert isinstance((await reply_on(transport, topics.out("mallory", "good")))[0], Result)
+        await transport.publish(topics.request("mallory", "smollm2", good), GREEDY)
+        await reply_on(transport, topics.out("mallory", good))
+        assert isinstance((await reply_on(transport, topics.out("mallory", good)))[0], Result)
 
 
 async def test_unknown_model_is_named(running):
@@ -228,6 +231,16 @@ async def test_metrics_tell_what_happened(running):
         == after["tokenbus_kv_usage_ratio"]
         == 0
     )
+
+
+async def test_health_tells_of_worker_and_broker(running):
+    def ask(path: str) -> tuple[int, dict]:
+        with urllib.request.urlopen(running.metrics_url.replace("/metrics", path), timeout=10) as answer:
+            return answer.status, json.load(answer)
+
+    assert await asyncio.to_thread(ask, "/healthz") == (200, {"ok": True, "checks": {"loop": True}})
+    ready = {"ok": True, "checks": dict.fromkeys(("worker", "broker", "journal", "accepting"), True)}
+    assert await asyncio.to_thread(ask, "/readyz") == (200, ready)
 
 
 async def test_the_pages_python_lines_run(running, capsys):

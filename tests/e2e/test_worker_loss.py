@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -13,7 +14,7 @@ from protocol.client import Client
 from protocol.errors import RequestError
 from protocol.request import Request
 from scheduler import service
-from scheduler.config import BrokerConfig, Config, EngineConfig, MetricsConfig, ModelConfig
+from scheduler.config import BrokerConfig, Config, EngineConfig, JournalConfig, MetricsConfig, ModelConfig
 from scheduler.worker import WorkerRefused
 from tests.workers.models import save, tiny
 from workers.weights import demo_model
@@ -57,7 +58,8 @@ async def test_ids_beyond_the_models_vocabulary_never_reach_a_batch(config):
             await client.complete(Request(prompt=[5, 97]), model="tiny")
 
 
-async def test_a_worker_that_never_comes_back_ends_the_service_and_every_request_hears_of_it(config):
+async def test_a_worker_that_never_comes_back_ends_the_service_and_without_a_journal_every_request_hears_of_it(config):
+    config = msgspec.structs.replace(config, journal=JournalConfig(path="off"))
     with pytest.RaisesGroup(pytest.RaisesExc(WorkerRefused, match="config.json"), flatten_subgroups=True):
         async with service.running(config) as running:
             client = await Client(running.broker_url, tenant="alice").__aenter__()

@@ -1,6 +1,6 @@
 import pytest
 
-from scheduler.config import Config, ConfigError, load
+from scheduler.config import Config, ConfigError, load, read_password
 
 
 def test_defaults_serve_the_demo_model_on_an_embedded_broker():
@@ -27,11 +27,55 @@ def test_flags_over_environment_over_file(tmp_path):
         ({"engine.max_running": "512"}, "max_batch_tokens"),
         ({"model.alias": "a/b"}, "model.alias: must be 1 to 64"),
         ({"model.dtype": "int3"}, "dtype"),
+        ({"broker.url": "mqtt//host"}, "broker.url: the broker's URL must look like"),
+        ({"broker.password": "hunter2"}, "unknown field `password`"),
+        ({"broker.url": "mqtt://host", "broker.ca_file": "ca.crt"}, "broker.url: .* must begin with mqtts://"),
+        ({"broker.cert_file": "a.crt"}, "broker.url: .* must begin with mqtts://"),
+        ({"broker.url": "mqtts://host", "broker.key_file": "a.key"}, "needs its certificate file"),
     ],
 )
 def test_errors_name_the_setting(flags, message):
     with pytest.raises(ConfigError, match=message):
         load(flags=flags)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mqtt://svc:hunter2@host",
+        "mqtts://svc:hunter2@host:8883",
+        "mqtt://svc:hunter2#@host",
+        "mqtt://svc:1#hunter2@host",
+        "mqtt://svc:1?hunter2@host",
+        "mqtt://svc:1/hunter2@host",
+        "mqtt://svc:hunter2]@host",
+        "mqtt://host?password=hunter2",
+        "mqtt://svc:hunter2\u2100@host",
+    ],
+)
+def test_a_password_in_the_url_is_refused_and_never_shown(url):
+    with pytest.raises(ConfigError, match=r"broker\.url") as refused:
+        load(environ={"TOKENBUS_BROKER_URL": url})
+    assert "hunter2" not in str(refused.value)
+    assert refused.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "No such file"), (b"", "is empty"), (b" \n", "is empty"), (b"\xff", "must be UTF-8")],
+)
+def test_password_files_that_hold_none_are_named(tmp_path, content, problem):
+    file = tmp_path / "password"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{file}: {problem}"):
+        read_password(file)
+
+
+def test_a_password_ends_before_the_line_does(tmp_path):
+    file = tmp_path / "password"
+    file.write_text("two words\n")
+    assert read_password(file) == "two words"
 
 
 def test_unreadable_files_are_named(tmp_path):

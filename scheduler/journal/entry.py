@@ -1,0 +1,100 @@
+"""An accepted request as the journal keeps it, and what any journal can do."""
+
+import hashlib
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from protocol.request import Request
+
+
+class JournalError(Exception):
+    """The journal can't be used, or no longer; the text says what to do."""
+
+
+class Listener(msgspec.Struct, frozen=True, array_like=True):
+    """Where a request is answered, and the Correlation Data that its sender wants back."""
+
+    topic: str
+    correlation: bytes | None = None
+
+
+class Entry(msgspec.Struct, kw_only=True):
+    """``id`` is ``tenant/request_id``. ``accepted_at`` is in Unix seconds.
+
+    ``attempt`` counts the processes that took it up, ``trials`` those that died while it ran alone for that reason.
+    ``records`` holds the generated tokens, one list for each piece that was published. ``reply`` is the terminal message.
+    """
+
+    id: str
+    model: str
+    request: Request
+    prompt: list[int]
+    seed: int
+    accepted_at: float
+    listeners: list[Listener]
+    attempt: int = 1
+    trials: int = 0
+    records: list[list[int]] = []
+    reply: bytes | None = None
+
+    @property
+    def tenant(self) -> str:
+        return self.id.partition("/")[0]
+
+    @property
+    def request_id(self) -> str:
+        return self.id.partition("/")[2]
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """What the journal holds under an id that came again: who asked what, and the terminal message if it has ended."""
+
+    digest: bytes
+    reply: bytes | None
+
+
+def digest(model: str, request: Request) -> bytes:
+    """What makes two requests the same: the model and every field, however they were written."""
+    return hashlib.sha256(msgspec.msgpack.encode((model, request), order="deterministic")).digest()
+
+
+class Journal(Protocol):
+    """Every write is queued at once, in order, and durable when its awaitable is done; those raise JournalError."""
+
+    @property
+    def durable(self) -> bool:
+        """Whether what is written outlives this process."""
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more may be accepted for want of space."""
+
+    @property
+    def lag(self) -> int:
+        """Writes that wait."""
+
+    def unfinished(self) -> Sequence[Entry]:
+        """What an earlier process accepted and didn't deliver, oldest first; each counts one more attempt already."""
+
+    def accept(self, entries: Sequence[Entry]) -> Awaitable[list[Taken | None]]:
+        """Write new entries; for an id that is taken nothing is written, and what holds it is returned."""
+
+    def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
+        """What is known of these ids."""
+
+    def progress(self, records: Iterable[tuple[str, int, list[int]]]) -> Awaitable[None]:
+        """Write tokens as ``(id, number of the record, tokens)``."""
+
+    def listen(self, id: str, listeners: Sequence[Listener]) -> Awaitable[None]:
+        """Replace those who are to hear the answer."""
+
+    def end(self, id: str, reply: bytes) -> Awaitable[None]:
+        """Write the terminal message."""
+
+    def delivered(self, id: str) -> Awaitable[None]:
+        """The broker has the terminal message; from now on it is kept for the retention time only."""
+
+    def trial(self, id: str, *, begins: bool) -> Awaitable[None]:
+        """Note that a suspect is about to run alone, or that it got through."""

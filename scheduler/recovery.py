@@ -1,0 +1,72 @@
+"""After a start: what an earlier process accepted goes on from its journalled tokens."""
+
+import logging
+from dataclasses import dataclass
+
+from protocol.errors import BadRequest, ServiceError
+from scheduler.admission import Admission
+from scheduler.core.sequence import Sequence
+from scheduler.journal.entry import Entry, Journal
+from scheduler.loop import Engine
+from scheduler.mqtt.delivery import Delivery
+from scheduler.mqtt.egress import Egress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """``attempts``: from this many processes on a request may be what killed them, and is first run alone; it is
+    quarantined once so many died during that."""
+
+    journal: Journal
+    engine: Engine
+    admission: Admission
+    delivery: Delivery
+    egress: Egress
+    model: str
+    attempts: int
+
+    async def run(self) -> None:
+        """Take up everything unfinished; nothing new may begin before this is done, for suspects must be alone."""
+        entries = self.journal.unfinished()
+        if entries:
+            logger.info("taking up what an earlier process accepted", extra={"requests": len(entries)})
+        running = []
+        for entry in entries:
+            if entry.reply is not None:
+                self.delivery.resume(entry)
+            elif entry.model != self.model:
+                detail = f"{entry.model} is no longer served here, {self.model} is"
+                self.egress.abandon(entry, BadRequest("model", detail, "model_not_found").body)
+            elif entry.trials >= self.attempts:
+                self._quarantine(entry)
+            else:
+                running.append(entry)
+        # Every process counts, whatever ended it, so this only says whom to look at first.
+        suspects = [entry for entry in running if entry.attempt > self.attempts]
+        passed = [await self._try_alone(entry) for entry in suspects]
+        for sequence in passed:
+            if sequence is not None:
+                self.engine.submit(sequence.again())
+        for entry in running:
+            if entry.attempt <= self.attempts:
+                self._begin(entry)
+
+    async def _try_alone(self, entry: Entry) -> Sequence | None:
+        """Run it up to its next token and take it out again, for the next one must be alone too; None when it has ended."""
+        await self.journal.trial(entry.id, begins=True)
+        self._begin(entry)
+        await self.egress.wait_for_token(entry.id)
+        sequence = self.engine.end(entry.id)
+        await self.journal.trial(entry.id, begins=False)
+        return sequence
+
+    def _begin(self, entry: Entry) -> None:
+        self.admission.enter_anyway(entry.tenant, len(entry.prompt))
+        self.egress.begin(entry)
+
+    def _quarantine(self, entry: Entry) -> None:
+        reason = f"the service died {entry.trials} times while this request ran alone"
+        self.delivery.quarantine(entry, reason, entry.trials)
+        self.egress.abandon(entry, ServiceError("quarantined", reason).body)

@@ -1,0 +1,177 @@
+"""Generation that goes on in another process is the same generation, to the last chunk."""
+
+from functools import cache
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from protocol import replies
+from protocol.plan import WorkerInfo
+from protocol.request import Message, Request
+from scheduler.generation import Generation, sequence_for
+from scheduler.journal.entry import Entry, Listener
+from tests.scheduler.test_text import byte_tokenizer
+from workers.weights import demo_model
+
+INFO = WorkerInfo(
+    model_path="",
+    max_model_len=1000,
+    vocab_size=256,
+    eos_ids=[],
+    num_blocks=100,
+    block_size=16,
+    kv_bytes_per_block=1,
+    device="cpu",
+    dtype="float32",
+    attention="reference",
+)
+NOWHEN = replies.Timings(0.0, 0.0, 0.0)
+TEXT = "ab 🚌é\n"
+
+
+@cache
+def tokenizer(name: str) -> Tokenizer:
+    return byte_tokenizer() if name == "bytes" else Tokenizer.from_file(str(demo_model() / "tokenizer.json"))
+
+
+class Process:
+    """What a service does with one entry: rebuilds it from the journal, feeds it tokens, journals pieces."""
+
+    def __init__(self, entry: Entry, backend: Tokenizer, journal: list[list[int]]) -> None:
+        entry = msgspec.structs.replace(entry, records=[list(record) for record in journal])
+        self.sequence_output = [token for record in journal for token in record]
+        self.journal = journal
+        self.chunks: list[bytes] = []
+        self.final: bytes | None = None
+        self.generation = Generation.of(entry, SimpleNamespace(backend=backend), 0.0)
+        self.rebuilt = self.state()
+        self.at_last_cut = self.rebuilt
+
+    def state(self) -> tuple:
+        """What is told of the pieces that are out."""
+        generation = self.generation
+        numbers = range(len(generation.cuts) - 1)
+        chunks = tuple(replies.encode(generation.chunk(number)) for number in numbers)
+        return generation.text[: generation.cuts[-1]], tuple(generation.cuts), chunks
+
+    def run(self, tokens: list[int], cuts: list[bool], ends: str, until: int) -> None:
+        """Take the tokens that aren't journalled yet, up to the one with this number."""
+        for number in range(len(self.sequence_output), min(until, len(tokens))):
+            finish = ends if number == len(tokens) - 1 else None
+            reason = self.generation.push(tokens[number], float(number), finish)
+            if reason is not None:
+                last = self.generation.last_chunk(reason)
+                result = msgspec.structs.replace(self.generation.result(reason, 0.0), timings=NOWHEN)
+                self.final = replies.encode([last, result])
+                return
+            if cuts[number] and (cut := self.generation.cut()) is not None:
+                assert cut[0] == len(self.journal)
+                self.journal.append(cut[1])
+                self.at_last_cut = self.state()
+
+
+@st.composite
+def stories(draw, backend: Tokenizer) -> dict:
+    """An entry, the tokens that the model will come up with, where pieces are cut, and where processes die."""
+    ids = st.integers(0, backend.get_vocab_size() - 1)
+    tokens = draw(
+        st.lists(
+            st.one_of(
+                st.text(TEXT, min_size=1, max_size=8).map(lambda text: backend.encode(text).ids),
+                st.lists(ids, min_size=1, max_size=3),
+            ),
+            min_size=1,
+            max_size=8,
+        ).map(lambda parts: [token for part in parts for token in part])
+    )
+    prompt = draw(st.lists(ids, min_size=1, max_size=8))
+    stop = draw(st.none() | st.lists(st.text(TEXT, min_size=1, max_size=4), min_size=1, max_size=3))
+    chat = draw(st.booleans())
+    request = Request(
+        messages=[Message("user", "Hello")] if chat else None,
+        prompt=None if chat else prompt,
+        stop=stop,
+        stream=draw(st.booleans()),
+    )
+    entry = Entry(
+        id="alice/a",
+        model="tiny",
+        request=request,
+        prompt=prompt,
+        seed=1,
+        accepted_at=1e9,
+        listeners=[Listener("tokenbus/v1/alice/out/a")],
+    )
+    return {
+        "entry": entry,
+        "tokens": tokens,
+        "cuts": draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens))),
+        "ends": draw(st.sampled_from(["stop", "length"])),
+        "deaths": sorted(draw(st.lists(st.integers(0, len(tokens) - 1), max_size=3))),
+    }
+
+
+@pytest.mark.parametrize("name", ["bytes", "demo"])
+@given(data=st.data())
+@settings(deadline=None)
+def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, data):
+    backend = tokenizer(name)
+    story = data.draw(stories(backend))
+    told = {key: story[key] for key in ("tokens", "cuts", "ends")}
+    never = Process(story["entry"], backend, [])
+    never.run(**told, until=len(story["tokens"]))
+    assert never.final is not None
+
+    journal: list[list[int]] = []
+    process = Process(story["entry"], backend, journal)
+    for death in story["deaths"]:
+        process.run(**told, until=death)
+        assume(process.final is None)
+        before = process.at_last_cut
+        process = Process(story["entry"], backend, journal)
+        assert process.rebuilt == before, "text, cuts and chunks are those that were published"
+        assert process.generation.published == len(journal)
+    process.run(**told, until=len(story["tokens"]))
+    assert journal == never.journal
+    assert process.state() == never.state()
+    assert process.final == never.final
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_other_cuts_after_a_death_change_pieces_and_no_text(data):
+    backend = tokenizer("bytes")
+    story = data.draw(stories(backend))
+    tokens, ends = story["tokens"], story["ends"]
+    other = data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+    never = Process(story["entry"], backend, [])
+    never.run(tokens, story["cuts"], ends, until=len(tokens))
+    first = Process(story["entry"], backend, [])
+    first.run(tokens, story["cuts"], ends, until=len(tokens) // 2)
+    second = Process(story["entry"], backend, first.journal)
+    second.run(tokens, other, ends, until=len(tokens))
+    assume(first.final is None)
+    published, whole = first.at_last_cut[2], second.state()[2]
+    assert whole[: len(published)] == published
+    assert second.generation.text == never.generation.text
+    assert second.generation.completion_tokens == never.generation.completion_tokens
+
+
+def test_the_batcher_goes_on_after_the_journalled_tokens():
+    entry = Entry(
+        id="alice/a",
+        model="tiny",
+        request=Request(prompt=[1, 2], max_tokens=10, seed=5),
+        prompt=[1, 2],
+        seed=5,
+        accepted_at=0.0,
+        listeners=[],
+        records=[[7], [8, 9]],
+    )
+    sequence = sequence_for(entry, INFO)
+    assert (sequence.tokens, sequence.prompt_len, sequence.max_tokens) == ([1, 2, 7, 8, 9], 2, 10)
+    assert sequence.sampling.seed == 5
