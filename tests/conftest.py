@@ -1,3 +1,9 @@
+import os
+
+# Before torch: two test processes share the cores, and spinning OpenMP threads would cost each other a time slice at every
+# barrier (docs/decisions/0004-shared-cores.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import pytest
 
 pytest_plugins = ["tests.brokers"]

@@ -1,6 +1,7 @@
 """The benchmarks run, count right and agree with each other; their figures are looked at by people, not by tests."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks.workload import load, mixed
 from tests.workers.models import save, tiny
+from workers.weights import demo_model
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -49,3 +51,13 @@ def test_engine_and_ladder_count_the_same_tokens(files, tmp_path):
     assert [rung["requests"] for rung in ladder["rungs"]] == [2, 2, 6, 6]
     assert all(rung["equal_tokens"] == 1 for rung in ladder["rungs"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_slow_reader_measures_both_ways(files):
+    _, model = files
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model() / name, model)
+    sizes = ("--rounds", "1", "--flood", "4", "--tokens", "8", "--vocab", "97")
+    figures = bench("slow_reader", "--model", str(model), *sizes)
+    assert figures["rounds"] == 1
+    assert figures["p99_ratio"] == figures["stopped_s"]["p99"] / figures["reading_s"]["p99"] > 0

@@ -1,0 +1,49 @@
+"""Requests of every length and temperature, and asking them all at once."""
+
+import asyncio
+import random
+from collections.abc import Callable
+
+from protocol.client import Client
+from protocol.replies import Result
+from protocol.request import Request
+
+
+def requests(count: int, *, shortest: int = 40, longest: int = 400) -> dict[str, Request]:
+    draw = random.Random(count)
+    return {
+        f"r{number}": Request(
+            prompt=[draw.randrange(3, 90) for _ in range(draw.randint(2, 40))],
+            max_tokens=draw.randint(shortest, longest),
+            temperature=draw.choice((0.0, 1.0)),
+            seed=number,
+            ignore_eos=True,
+            stream=True,
+        )
+        for number in range(count)
+    }
+
+
+async def ask(
+    clients: list[Client], asked: dict[str, Request], prefix: str = "", on_chunk: Callable[[], object] | None = None
+) -> dict[str, Result]:
+    """Ask everything at once; the streamed pieces must come in order and make up the text."""
+
+    async def one(client: Client, id: str, request: Request) -> Result:
+        stream = client.stream(request, model="tiny", request_id=prefix + id)
+        text, numbers = "", []
+        async for chunk in stream:
+            text += chunk.text
+            numbers.append(chunk.seq)
+            if on_chunk is not None:
+                on_chunk()
+        assert numbers == list(range(len(numbers)))
+        assert text == stream.result.text
+        return stream.result
+
+    async with asyncio.TaskGroup() as group:
+        tasks = {
+            id: group.create_task(one(clients[number % len(clients)], id, request), name=id)
+            for number, (id, request) in enumerate(asked.items())
+        }
+    return {id: task.result() for id, task in tasks.items()}
