@@ -1,19 +1,24 @@
 """Writes the measured figures of benchmarks/results/ into README.md, between its markers; no figure there is typed by hand.
 
 ``python -m benchmarks.report`` after ``tokenbus bench ladder --json > benchmarks/results/ladder.json`` and
-``tokenbus bench serve … --json > benchmarks/results/serve.json``.
+``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
+``accept.json`` is ``bench accept``.
 """
 
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
+from benchmarks.accept import AcceptFigures
 from benchmarks.ladder import Ladder
 from benchmarks.serve import ServeFigures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
+
+T = TypeVar("T")
 
 _NAMES = {
     "naive": "transformers, no KV cache",
@@ -47,11 +52,25 @@ def serve_line(figures: ServeFigures) -> str:
     )
 
 
+def journal_line(serve: ServeFigures, accept: AcceptFigures) -> str:
+    return (
+        f"The journal, on disk and synchronous: the same requests keep {serve.share_of_journal_off:.1%} of the tokens/s they "
+        f"have without it; {accept.accepts_per_s:,.0f} requests/s are accepted from {accept.publishers} publishers."
+    )
+
+
+def _read(name: str, kind: type[T]) -> T:
+    return msgspec.json.decode((RESULTS / name).read_bytes(), type=kind)
+
+
 def render(readme: str) -> str:
     """The page with its figures filled in."""
-    ladder = msgspec.json.decode((RESULTS / "ladder.json").read_bytes(), type=Ladder)
-    serve = msgspec.json.decode((RESULTS / "serve.json").read_bytes(), type=ServeFigures)
-    for name, text in (("ladder", ladder_table(ladder)), ("serve", serve_line(serve))):
+    texts = {
+        "ladder": ladder_table(_read("ladder.json", Ladder)),
+        "serve": serve_line(_read("serve.json", ServeFigures)),
+        "journal": journal_line(_read("journal.json", ServeFigures), _read("accept.json", AcceptFigures)),
+    }
+    for name, text in texts.items():
         pattern = re.compile(rf"<!-- {name} -->\n.*?\n<!-- /{name} -->", re.DOTALL)
         if len(pattern.findall(readme)) != 1:
             raise ValueError(f"README.md must hold the markers of {name} once")

@@ -5,6 +5,7 @@ import contextlib
 import statistics
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from benchmarks.workload import WorkItem, Workload, config, load
 from protocol.client import Client
 from protocol.request import Request
 from scheduler import service
-from scheduler.config import BrokerConfig, Config, MetricsConfig
+from scheduler.config import OFF, BrokerConfig, Config, JournalConfig, MetricsConfig
 
 
 class Percentiles(msgspec.Struct, frozen=True):
@@ -43,6 +44,8 @@ class ServeFigures(msgspec.Struct, frozen=True):
     itl_s: Percentiles
     engine_output_tokens_per_s: float | None = None
     share_of_engine: float | None = None
+    journal_off_output_tokens_per_s: float | None = None
+    share_of_journal_off: float | None = None
 
 
 class _Answer(msgspec.Struct):
@@ -100,33 +103,71 @@ async def _ask(client: Client, item: WorkItem, model: str) -> _Answer:
 
 
 async def _against_engine(workload: Workload, settings: Config, tenants: int, rounds: int) -> ServeFigures:
-    """Alternate with the bare engine; report the median run and the median of the ratios."""
+    """Alternate with the bare engine; the median run by its share."""
+
+    async def bare() -> float:
+        return (await engine.run(workload, settings.worker())).output_tokens_per_s
+
+    figures, rate = await _alternate(workload, settings, tenants, rounds, bare)
+    share = figures.output_tokens_per_s / rate
+    return msgspec.structs.replace(figures, engine_output_tokens_per_s=rate, share_of_engine=share)
+
+
+async def _against_journal_off(workload: Workload, settings: Config, tenants: int, rounds: int) -> ServeFigures:
+    """Alternate with a service that keeps nothing; the median run by its share."""
+    without = msgspec.structs.replace(settings, journal=JournalConfig(path=OFF))
+
+    async def off() -> float:
+        return (await run(workload, without, tenants)).output_tokens_per_s
+
+    figures, rate = await _alternate(workload, settings, tenants, rounds, off)
+    share = figures.output_tokens_per_s / rate
+    return msgspec.structs.replace(figures, journal_off_output_tokens_per_s=rate, share_of_journal_off=share)
+
+
+async def _alternate(
+    workload: Workload, settings: Config, tenants: int, rounds: int, other: Callable[[], Awaitable[float]]
+) -> tuple[ServeFigures, float]:
+    """The run whose ratio to the other's rate just before or after is the median, and that rate.
+
+    Who goes first changes from round to round, so that a machine that warms up or slows down favours neither.
+    """
     pairs = []
-    for _ in range(rounds):
-        bare = await engine.run(workload, settings.worker())
-        pairs.append((await run(workload, settings, tenants), bare.output_tokens_per_s))
+    for number in range(rounds):
+        if number % 2:
+            figures = await run(workload, settings, tenants)
+            rate = await other()
+        else:
+            rate = await other()
+            figures = await run(workload, settings, tenants)
+        pairs.append((figures, rate))
     pairs.sort(key=lambda pair: pair[0].output_tokens_per_s / pair[1])
-    figures, bare_rate = pairs[len(pairs) // 2]
-    return msgspec.structs.replace(
-        figures,
-        engine_output_tokens_per_s=bare_rate,
-        share_of_engine=figures.output_tokens_per_s / bare_rate,
-    )
+    return pairs[len(pairs) // 2]
 
 
 @click.command()
 @cli.workload_option
 @click.option("--tenants", default=4, show_default=True)
-@click.option("--against-engine", "rounds", type=int, help="Alternate this many rounds with the engine alone.")
+@click.option("--against-engine", type=int, help="Alternate this many rounds with the engine alone.")
+@click.option("--against-journal-off", type=int, help="Alternate this many rounds with a service without a journal.")
 @cli.options
 def main(
-    file: Path, tenants: int, rounds: int | None, model: str, max_running: int, max_batch_tokens: int, as_json: bool
+    file: Path,
+    tenants: int,
+    against_engine: int | None,
+    against_journal_off: int | None,
+    model: str,
+    max_running: int,
+    max_batch_tokens: int,
+    as_json: bool,
 ) -> None:
     """Run a workload over MQTT."""
     settings = config(model, max_running, max_batch_tokens)
     workload = load(file)
-    if rounds:
-        figures = asyncio.run(_against_engine(workload, settings, tenants, rounds))
+    if against_engine:
+        figures = asyncio.run(_against_engine(workload, settings, tenants, against_engine))
+    elif against_journal_off:
+        figures = asyncio.run(_against_journal_off(workload, settings, tenants, against_journal_off))
     else:
         figures = asyncio.run(run(workload, settings, tenants))
     cli.show(figures, as_json)
