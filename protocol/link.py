@@ -6,13 +6,9 @@ import asyncio
 import logging
 import re
 import socket
-import ssl
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self
-from urllib.parse import unquote, urlsplit
+from typing import Any
 
 import aiomqtt
 import msgspec
@@ -23,6 +19,9 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from protocol.address import BrokerAddress, tls_context
+from protocol.transport_errors import BrokerUnreachable, ConnectionRefused, PayloadTooLarge, TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +35,6 @@ _BROKERS_OWN = "$SYS/"
 
 #: CONNACK codes that time may heal: server unavailable, server busy, quota exceeded, connection rate exceeded.
 _PASSING = frozenset({136, 137, 151, 159})
-
-_URL_FORM = "the broker's URL must look like mqtt://user@host:1883 or mqtts://user@host:8883"
 
 #: TLS 1.3 ends a handshake here before the other end has looked at our certificate.
 _CLOSED_EARLY = "the broker closed the connection before a CONNACK; does it want TLS, or another certificate?"
@@ -62,90 +59,6 @@ _UNSENDABLE = re.compile(
     + "".join(f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0, 0x110000, 0x10000))
     + "]"
 )
-
-
-class TransportError(Exception):
-    """Something went wrong between us and the broker."""
-
-
-class BrokerUnreachable(TransportError):
-    """No connection, for a cause that time may heal."""
-
-
-class ConnectionRefused(TransportError):
-    """The broker answered CONNECT or SUBSCRIBE with a failure that trying again won't change."""
-
-
-class CertificateError(TransportError):
-    """A certificate or key file can't be used; the text names it and says why."""
-
-
-class PayloadTooLarge(TransportError):
-    """The message is over the broker's Maximum Packet Size, ``limit`` bytes; it would vanish there without a word."""
-
-    def __init__(self, size: int, limit: int) -> None:
-        super().__init__(f"the message needs a packet of up to {size} bytes, the broker takes at most {limit}")
-        self.limit = limit
-
-
-@dataclass(frozen=True)
-class BrokerAddress:
-    """Where the broker is and who we are there. The password is never shown.
-
-    ``ca_file`` holds the authorities to trust instead of the system's; ``cert_file`` and ``key_file`` are our own
-    certificate and its key, which must not be encrypted (or both in ``cert_file``).
-    """
-
-    host: str
-    port: int
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    tls: bool = False
-    ca_file: str | None = None
-    cert_file: str | None = None
-    key_file: str | None = None
-
-    @classmethod
-    def parse(
-        cls,
-        url: str,
-        *,
-        username: str | None = None,
-        password: str | None = None,
-        ca_file: str | None = None,
-        cert_file: str | None = None,
-        key_file: str | None = None,
-    ) -> Self:
-        """Read ``mqtt://[user@]host[:1883]`` or ``mqtts://[user@]host[:8883]``.
-
-        Raises ValueError, whose text never holds the URL: it may hold a password.
-        """
-        scheme, host, port, user = _split(url)
-        tls = scheme == "mqtts"
-        if not tls and (ca_file or cert_file or key_file):
-            raise ValueError("certificates are for TLS: the broker's URL must begin with mqtts://")
-        if key_file and not cert_file:
-            raise ValueError("a key file needs its certificate file")
-        port = port or (8883 if tls else 1883)
-        return cls(host, port, username or user, password, tls, ca_file, cert_file, key_file)
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
-
-
-def _split(url: str) -> tuple[str, str, int | None, str | None]:
-    """Scheme, host, port and user. Raises ValueError, in words of our own: urlsplit's may hold a part of the URL."""
-    try:
-        parts = urlsplit(url)
-        port, host = parts.port, parts.hostname
-    except ValueError:
-        raise ValueError(_URL_FORM) from None
-    beyond = parts.path.strip("/") or parts.query or parts.fragment
-    if parts.scheme not in {"mqtt", "mqtts"} or not host or beyond:
-        raise ValueError(_URL_FORM)
-    if parts.password is not None:
-        raise ValueError("give the password apart from the broker's URL")
-    return parts.scheme, host, port, unquote(parts.username or "") or None
 
 
 class Will(msgspec.Struct, frozen=True):
@@ -225,7 +138,7 @@ class Link(aiomqtt.Client):
             properties=_properties(
                 PacketTypes.CONNECT, SessionExpiryInterval=session_expiry_s, ReceiveMaximum=receive_maximum
             ),
-            tls_context=_tls_context(address) if address.tls else None,
+            tls_context=tls_context(address) if address.tls else None,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
         self.epoch = 0
@@ -381,46 +294,6 @@ class Link(aiomqtt.Client):
         self, _client: Client, _userdata: Any, mid: int, reason_code: ReasonCode, _properties: Properties
     ) -> None:
         self._published(mid, Reason(reason_code.value, reason_code.getName()))
-
-
-class _TidySocket(ssl.SSLSocket):
-    """Closes itself when the handshake fails, which paho leaves to the garbage collector."""
-
-    def do_handshake(self, block: bool = False) -> None:
-        try:
-            super().do_handshake(block)
-        except OSError:
-            self.close()
-            raise
-
-
-def _tls_context(address: BrokerAddress) -> ssl.SSLContext:
-    for file in (address.ca_file, address.cert_file, address.key_file):
-        _check_readable(file)
-    try:
-        context = ssl.create_default_context(cafile=address.ca_file)
-    except ssl.SSLError as error:
-        raise CertificateError(f"{address.ca_file} holds no certificate in PEM: {error.reason or error}") from None
-    if address.cert_file is not None:
-        try:
-            # The empty password has an encrypted key refused; with none OpenSSL would ask for it on the terminal.
-            context.load_cert_chain(address.cert_file, address.key_file, password="")
-        except ssl.SSLError as error:
-            files = " and ".join(filter(None, (address.cert_file, address.key_file)))
-            raise CertificateError(
-                f"{files} must be a certificate and its own, unencrypted key in PEM: {error.reason or error}"
-            ) from None
-    context.sslsocket_class = _TidySocket
-    return context
-
-
-def _check_readable(file: str | None) -> None:
-    """ssl's own error wouldn't say which of the files it is. Raises CertificateError."""
-    if file is not None:
-        try:
-            Path(file).read_bytes()
-        except OSError as error:
-            raise CertificateError(f"{file} can't be read: {error.strerror}") from None
 
 
 def _check_not_lost(lost: asyncio.Future[None]) -> None:

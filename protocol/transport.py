@@ -8,20 +8,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Self
 
-from protocol.link import (
-    FAILURE,
-    NO_SUBSCRIBER,
-    BrokerAddress,
+from protocol.address import BrokerAddress
+from protocol.link import FAILURE, NO_SUBSCRIBER, Incoming, Link, Outgoing, Reason, Will
+from protocol.transport_errors import (
     BrokerUnreachable,
     CertificateError,
     ConnectionRefused,
-    Incoming,
-    Link,
-    Outgoing,
     PayloadTooLarge,
-    Reason,
     TransportError,
-    Will,
 )
 
 __all__ = [
