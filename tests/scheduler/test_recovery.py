@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
-import pytest
 
 from protocol import replies
 from protocol.plan import Pong, StepPlan, StepResult, WorkerConfig
@@ -170,11 +169,6 @@ async def leave(path: Path, *entries: Entry, ended: dict[str, bytes] | None = No
                 await journal.trial(one.id, begins=True)
         for name, reply in (ended or {}).items():
             await journal.end(f"alice/{name}", reply)
-
-
-@pytest.fixture
-def path(tmp_path) -> Path:
-    return tmp_path / "journal.sqlite3"
 
 
 async def unfinished(path: Path) -> dict[str, tuple[int, int]]:

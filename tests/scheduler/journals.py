@@ -1,0 +1,79 @@
+"""Journals for tests, and what is done to them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from protocol.request import Request
+from scheduler.journal.entry import Entry, Listener, digest
+from scheduler.journal.sqlite import SqliteJournal
+
+ROOT = Path(__file__).parents[2]
+
+
+def entry(id: str, prompt: str = "Hello", **given) -> Entry:
+    return Entry(
+        id=id,
+        model="tiny",
+        request=Request(prompt=prompt, stop=["END"], stream=True),
+        prompt=[1, 2, 3],
+        seed=-7,
+        listeners=[Listener(f"tokenbus/v1/{id}", b"\0\xff")],
+        **{"accepted_at": 1_000.5, **given},
+    )
+
+
+def without_body(one: Entry) -> Entry:
+    """What is left of it once it has ended."""
+    return msgspec.structs.replace(one, model="", request=Request(), prompt=[], seed=0, records=[])
+
+
+def mark(prompt: str = "Hello") -> bytes:
+    return digest("tiny", entry("any/any", prompt).request)
+
+
+def opened(path: Path, **given) -> SqliteJournal:
+    return SqliteJournal(path, **{"retention_s": 3600, "max_bytes": 2**30, **given})
+
+
+async def finish(journal, *ids: str, reply: bytes = b"reply") -> None:
+    for id in ids:
+        ending = journal.end(id, reply)
+        await journal.delivered(id)
+        await ending
+
+
+async def left_by(path: Path) -> list[Entry]:
+    """What whoever opens it next has to take up."""
+    async with opened(path) as journal:
+        return list(journal.unfinished())
+
+
+DYING = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from tests.scheduler.journals import entry, finish, opened
+
+async def main():
+    async with opened(Path(sys.argv[1])) as journal:
+        await journal.accept([entry("alice/" + name) for name in ("new", "begun", "ended", "delivered")])
+        await journal.progress([("alice/begun", 0, [5, 6])])
+        await finish(journal, "alice/delivered")
+        await journal.end("alice/ended", b"reply")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def flip(path: Path, at: int, count: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at : at + count] = bytes(byte ^ 0xFF for byte in content[at : at + count])
+    path.write_bytes(content)
