@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from protocol.request import Request
 from scheduler import service
 from scheduler.config import BrokerConfig, Config, EngineConfig, JournalConfig, MetricsConfig, ModelConfig
 from scheduler.worker import WorkerRefused
-from tests.workers.models import save, tiny
-from workers.weights import demo_model
+from tests.workers.models import servable
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -27,10 +25,7 @@ SHORT = Request(prompt=[5, 6, 7], max_tokens=4, temperature=0.0, ignore_eos=True
 
 @pytest_asyncio.fixture
 async def config(tmp_path: Path) -> Config:
-    """A tiny model, with the demo model's tokenizer, whose ids reach far beyond the tiny vocabulary."""
-    folder = save(tiny("llama", max_position_embeddings=4096), tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model() / name, folder)
+    folder = servable(tmp_path / "model")
     return Config(
         model=ModelConfig(alias="tiny", path=str(folder), threads=1),
         engine=EngineConfig(block_size=8, num_blocks=600),

@@ -19,9 +19,9 @@ from protocol.client import Client, RequestCancelled
 from protocol.errors import RequestError
 from protocol.request import Request
 from scheduler.mqtt.broker import EmbeddedBroker
-from tests.faults.conftest import make_model
 from tests.faults.load import ask, requests
 from tests.faults.service import ServiceProcess
+from tests.workers.models import servable
 
 TENANTS = ("alice", "bob", "carol", "dave")
 ASKING_AT_ONCE = 6
@@ -165,7 +165,7 @@ async def run(folder: Path, model: Path, minutes: float, seed: int = 1) -> SoakF
 @click.option("--seed", default=1, show_default=True)
 def main(minutes: float, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        figures = asyncio.run(run(Path(folder), make_model(Path(folder) / "model"), minutes, seed))
+        figures = asyncio.run(run(Path(folder), servable(Path(folder) / "model"), minutes, seed))
     print(msgspec.json.format(msgspec.json.encode(figures)).decode())
 
 

@@ -19,8 +19,7 @@ from protocol.transport import BrokerAddress, Incoming, Transport
 from scheduler import service
 from scheduler.config import BrokerConfig, Config, EngineConfig, MetricsConfig, ModelConfig
 from scheduler.service import Service
-from tests.workers.models import save, tiny
-from workers.weights import demo_model
+from tests.workers.models import servable
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,9 +118,7 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     """A whole service with a tiny model, at the broker by its own certificate."""
-    folder = save(tiny("llama", max_position_embeddings=4096), tmp_path_factory.mktemp("model"))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model() / name, folder)
+    folder = servable(tmp_path_factory.mktemp("model"))
     address = broker.by_certificate("_service")
     config = Config(
         model=ModelConfig(alias="tiny", path=str(folder), threads=1),

@@ -1,9 +1,12 @@
 """Tiny random-weight models of many architectures, each with the feature that makes it worth testing."""
 
+import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from workers.weights import demo_model
 
 _COMMON = {
     "vocab_size": 97,
@@ -89,4 +92,12 @@ def generate(model: PreTrainedModel, prompt: list[int], length: int) -> list[int
 
 def save(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
+    return folder
+
+
+def servable(folder: Path) -> Path:
+    """A tiny model with the demo model's tokenizer, whose ids reach far beyond the tiny vocabulary."""
+    save(tiny("llama", max_position_embeddings=4096), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model() / name, folder)
     return folder
