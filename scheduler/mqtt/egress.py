@@ -67,9 +67,8 @@ class Egress:
         self._metrics.accepted.inc()
         for listener in entry.listeners:
             self._delivery.send(listener, Accepted(entry.request_id))
-        if (
-            generation.streams and generation.published
-        ):  # perhaps journalled by a process that died before publishing it
+        if generation.streams and generation.published:
+            # Perhaps journalled by a process that died before publishing it.
             self._delivery.publish_chunk(entry.listeners, generation.chunk(generation.published - 1))
 
     def abandon(self, entry: Entry, error: ErrorBody) -> None:
