@@ -96,6 +96,12 @@ class LimitsConfig(Section, frozen=True):
     prompt_tokens: Count = 4_000_000
 
 
+class TenantConfig(Section, frozen=True):
+    """One tenant, in the file's section ``[tenants.NAME]``: a tenant of weight 2 gets twice the service of one of weight 1."""
+
+    weight: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+
+
 class ServiceConfig(Section, frozen=True):
     """``replica`` names this process; chunks are coalesced over ``flush_ms``; bigger requests are refused; a stop waits for
     what runs for up to ``drain_s``."""
@@ -126,6 +132,7 @@ class Config(Section, frozen=True):
     limits: LimitsConfig = LimitsConfig()
     service: ServiceConfig = ServiceConfig()
     metrics: MetricsConfig = MetricsConfig()
+    tenants: dict[str, TenantConfig] = {}
 
     def worker(self) -> WorkerConfig:
         """What the worker process is told."""

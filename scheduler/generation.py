@@ -45,6 +45,7 @@ def sequence_for(entry: Entry, info: WorkerInfo) -> Sequence:
         stop_ids=stop_ids,
         sampling=_sampling(request, entry.seed),
         output=[token for record in entry.records for token in record],
+        tenant=entry.tenant,
     )
 
 

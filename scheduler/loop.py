@@ -11,6 +11,7 @@ from protocol.plan import StepFailure, StepPlan, WorkerConfig, WorkerInfo
 from protocol.transport import delays
 from scheduler.core.batcher import Batcher, Limits, TokenEvent
 from scheduler.core.blocks import BlockPool
+from scheduler.core.fairness import FairQueue
 from scheduler.core.sequence import Sequence
 from scheduler.worker import Worker, WorkerDied
 
@@ -71,9 +72,14 @@ class Engine:
     info: WorkerInfo
 
     def __init__(
-        self, config: WorkerConfig, patience: Patience = Patience(), clock: Callable[[], float] = time.monotonic
+        self,
+        config: WorkerConfig,
+        patience: Patience = Patience(),
+        queue: FairQueue | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
+        self._queue = queue
         self._patience = patience
         self._clock = clock
         self._worker = Worker(config, patience.answer_s)
@@ -88,7 +94,7 @@ class Engine:
         self.worker_up = True
         info = self.info = self._worker.info
         limits = Limits(self._config.max_running, self._config.max_batch_tokens, info.max_model_len)
-        self.batcher = Batcher(limits, BlockPool(info.num_blocks, info.block_size))
+        self.batcher = Batcher(limits, BlockPool(info.num_blocks, info.block_size), self._queue)
         return self
 
     async def __aexit__(self, *_: object) -> None:

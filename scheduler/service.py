@@ -14,6 +14,7 @@ from protocol.errors import ServiceError
 from protocol.transport import BrokerAddress, Transport, Will
 from scheduler.admission import Admission, Bounds
 from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
+from scheduler.core.fairness import FairQueue
 from scheduler.http import HttpServer, tls_context
 from scheduler.journal.entry import Journal
 from scheduler.journal.memory import MemoryJournal
@@ -145,7 +146,8 @@ async def running(config: Config) -> AsyncIterator[Service]:
 async def _start(config: Config, data_dir: Path, broker_url: str, stack: contextlib.AsyncExitStack) -> Service:
     """Everything, from the worker outwards; the journal before the transport, for whose file it is, its session it is."""
     metrics = Metrics()
-    engine = Engine(config.worker(), _patience(config))
+    queue = FairQueue({name: tenant.weight for name, tenant in config.tenants.items()})
+    engine = Engine(config.worker(), _patience(config), queue)
     health = Health()
     http = HttpServer(
         config.metrics.host,

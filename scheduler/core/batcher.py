@@ -6,7 +6,7 @@ decodes and chunks of prompts (Agrawal et al., "Sarathi-Serve", OSDI'24):
 1. every running sequence that decodes gets its one token, oldest first; when blocks run out, the youngest running
    sequence is preempted (its blocks are freed, its tokens are kept and computed again later);
 2. prompts under way get what is left of the budget;
-3. waiting sequences are let in, first come first served, while budget, slots and blocks last.
+3. waiting sequences are let in while budget, slots and blocks last, the least served tenant's first (``fairness.py``).
 
 Plans may be made ahead of results: a decode needs no token value here, since the worker keeps the last one.
 
@@ -19,6 +19,7 @@ from itertools import compress
 
 from protocol.plan import Admission, Row, StepPlan
 from scheduler.core.blocks import BlockPool
+from scheduler.core.fairness import FairQueue
 from scheduler.core.sequence import FinishReason, Sequence, State
 from scheduler.core.suspects import Suspects
 
@@ -80,12 +81,12 @@ class _Draft:
 class Batcher:
     """Holds every unfinished sequence. All methods are synchronous and deterministic."""
 
-    def __init__(self, limits: Limits, pool: BlockPool) -> None:
+    def __init__(self, limits: Limits, pool: BlockPool, queue: FairQueue | None = None) -> None:
         self.limits = limits
         self.pool = pool
+        self.queue = queue or FairQueue()
         self.counters = Counters()
         self.running: list[Sequence] = []
-        self._waiting: deque[Sequence] = deque()
         self._sequences: dict[str, Sequence] = {}
         self._free_slots = list(range(limits.max_running - 1, -1, -1))
         self._in_flight: deque[_Draft] = deque()
@@ -111,7 +112,7 @@ class Batcher:
         if longest > room:
             raise CapacityError(f"{longest} tokens can't fit: {room} is the most a sequence may hold")
         self._sequences[sequence.id] = sequence
-        self._waiting.append(sequence)
+        self.queue.push(sequence)
 
     def end(self, id: str) -> Sequence | None:
         """Take a sequence out, whatever it is doing; its blocks are free at once. None when it isn't here."""
@@ -122,7 +123,7 @@ class Batcher:
             self.running.remove(sequence)
             self._release(sequence)
         else:
-            self._waiting.remove(sequence)
+            self.queue.remove(sequence)
         sequence.state = State.ENDED
         self._suspects.forget(id)
         return sequence
@@ -159,6 +160,7 @@ class Batcher:
                 self.counters.late_tokens += 1
                 continue
             finish = sequence.accept(token)
+            self.queue.charge_output(sequence)
             if finish is not None:
                 self.end(sequence.id)
             events.append(TokenEvent(sequence.id, token, finish))
@@ -187,7 +189,7 @@ class Batcher:
         self._in_flight.clear()
         for sequence in reversed(list(self.running)):
             self._preempt(sequence)
-        for sequence in self._waiting:
+        for sequence in self.queue:
             sequence.unseen = 0
 
     def _retract(self) -> None:
@@ -243,16 +245,18 @@ class Batcher:
             # One block is left for each running sequence, else the newcomer would soon preempt or be preempted.
             if sequence.unseen or needed + len(self.running) > self.pool.num_free:
                 return
-            self._waiting.remove(sequence)
             self._admit(draft, sequence, needed)
 
     def _next_waiting(self) -> Sequence | None:
-        return next((sequence for sequence in self._waiting if self._suspects.may_run(sequence.id)), None)
+        if not self._suspects:
+            return self.queue.head()
+        return next((sequence for sequence in self.queue if self._suspects.may_run(sequence.id)), None)
 
     def _may_run(self, sequence: Sequence) -> bool:
         return sequence.state is State.RUNNING and self._suspects.may_run(sequence.id)
 
     def _admit(self, draft: _Draft, sequence: Sequence, needed: int) -> None:
+        self.queue.admit(sequence)
         sequence.state = State.RUNNING
         sequence.blocks = self.pool.allocate(needed)
         sequence.slot = self._free_slots.pop()
@@ -286,7 +290,7 @@ class Batcher:
         self._release(sequence)
         sequence.restart()
         sequence.state = State.WAITING
-        self._waiting.appendleft(sequence)
+        self.queue.put_back(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.free(sequence.blocks)

@@ -23,10 +23,12 @@ class Sequence:
     ``computed`` counts the leading positions whose KV is computed or planned; ``unseen`` the tokens a planned step will
     sample (0 or 1 with one step in flight at a time, up to one more per step planned ahead). ``failures`` counts the steps
     with it that failed, since one passed. ``output`` given at the start was generated before, by another process.
+    ``charged``: its prompt has been, to its tenant.
     """
 
     __slots__ = (
         "blocks",
+        "charged",
         "computed",
         "failures",
         "id",
@@ -38,6 +40,7 @@ class Sequence:
         "slot_has_last_token",
         "state",
         "stop_ids",
+        "tenant",
         "tokens",
         "told",
         "unseen",
@@ -52,10 +55,13 @@ class Sequence:
         stop_ids: frozenset[int] = frozenset(),
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen, so one shared default is safe
         output: Iterable[int] = (),
+        tenant: str = "",
     ) -> None:
         if not prompt or max_tokens < 1:
             raise ValueError("a sequence needs at least one prompt token and one token to generate")
         self.id = id
+        self.tenant = tenant
+        self.charged = False
         self.tokens = [*prompt, *output]
         self.prompt_len = len(prompt)
         self.max_tokens = max_tokens
@@ -77,6 +83,7 @@ class Sequence:
             stop_ids=self.stop_ids,
             sampling=self.sampling,
             output=self.output,
+            tenant=self.tenant,
         )
 
     def restart(self) -> None:

@@ -85,3 +85,12 @@ def test_unreadable_files_are_named(tmp_path):
         load(file)
     with pytest.raises(ConfigError, match=r"none\.toml"):
         load(tmp_path / "none.toml")
+
+
+def test_tenants_have_weights(tmp_path):
+    file = tmp_path / "tokenbus.toml"
+    file.write_text("[tenants.alice]\nweight = 2\n")
+    assert load(file).tenants["alice"].weight == 2
+    file.write_text("[tenants.alice]\nweight = 0\n")
+    with pytest.raises(ConfigError, match="weight"):
+        load(file)

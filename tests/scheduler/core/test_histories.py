@@ -74,15 +74,20 @@ class Histories(RuleBasedStateMachine):
         """A token that depends on the whole history, as a model's would; sometimes EOS."""
         return hash(tuple(kv)) % 17
 
-    @rule(prompt=st.integers(1, 12), max_tokens=st.integers(1, 10), poison=st.none() | st.integers(0, 12))
-    def submit(self, prompt, max_tokens, poison):
+    @rule(
+        prompt=st.integers(1, 12),
+        max_tokens=st.integers(1, 10),
+        poison=st.none() | st.integers(0, 12),
+        tenant=st.sampled_from("abc"),
+    )
+    def submit(self, prompt, max_tokens, poison, tenant):
         prompt = min(prompt, self.room - 1)
         max_tokens = min(max_tokens, self.room - prompt)
         if prompt < 1 or max_tokens < 1:
             return
         id = f"s{len(self.sequences)}"
         tokens = [100 + len(self.sequences) * 50 + index for index in range(prompt)]
-        sequence = Sequence(id, tokens, max_tokens=max_tokens, stop_ids=frozenset({EOS}))
+        sequence = Sequence(id, tokens, max_tokens=max_tokens, stop_ids=frozenset({EOS}), tenant=tenant)
         self.sequences[id] = sequence
         self.emitted[id] = []
         if poison is not None and len(self.poison) < 2:
