@@ -58,6 +58,12 @@ class FairQueue:
         for tenant in self._tenants.values():
             yield from tenant.waiting.values()
 
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """From now on these weights hold; what was charged stays."""
+        self._weights = dict(weights)
+        for tenant in self._tenants.values():
+            tenant.weight = self._weights.get(tenant.name, 1.0)
+
     def counter(self, tenant: str) -> float:
         """Service units so far, divided by the tenant's weight."""
         return self._tenant(tenant).counter

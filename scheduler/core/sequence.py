@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from enum import Enum
+from math import inf
 from typing import Literal
 
 from protocol.plan import Sampling
@@ -23,16 +24,19 @@ class Sequence:
     ``computed`` counts the leading positions whose KV is computed or planned; ``unseen`` the tokens a planned step will
     sample (0 or 1 with one step in flight at a time, up to one more per step planned ahead). ``failures`` counts the steps
     with it that failed, since one passed. ``output`` given at the start was generated before, by another process.
-    ``charged``: its prompt has been, to its tenant.
+    ``charged``: its prompt has been, to its tenant. Within a tenant a higher ``priority`` goes first, then the earlier
+    ``deadline`` (on any clock that all share).
     """
 
     __slots__ = (
         "blocks",
         "charged",
         "computed",
+        "deadline",
         "failures",
         "id",
         "max_tokens",
+        "priority",
         "prompt_len",
         "sampling",
         "sent_blocks",
@@ -56,11 +60,15 @@ class Sequence:
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen, so one shared default is safe
         output: Iterable[int] = (),
         tenant: str = "",
+        priority: int = 0,
+        deadline: float = inf,
     ) -> None:
         if not prompt or max_tokens < 1:
             raise ValueError("a sequence needs at least one prompt token and one token to generate")
         self.id = id
         self.tenant = tenant
+        self.priority = priority
+        self.deadline = deadline
         self.charged = False
         self.tokens = [*prompt, *output]
         self.prompt_len = len(prompt)
@@ -84,6 +92,8 @@ class Sequence:
             sampling=self.sampling,
             output=self.output,
             tenant=self.tenant,
+            priority=self.priority,
+            deadline=self.deadline,
         )
 
     def restart(self) -> None:
