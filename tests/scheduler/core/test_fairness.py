@@ -44,7 +44,7 @@ def test_output_is_charged_as_it_comes_and_weights_divide_it():
     for each in (a, b):
         queue.admit(each)
         for _ in range(4):
-            queue.charge_output(each.tenant, 1)
+            queue.charge_output({each.tenant: 1})
     assert (queue.counter("a"), queue.counter("b")) == (4, 16)
 
 
