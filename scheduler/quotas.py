@@ -25,8 +25,8 @@ class Account:
     """What a tenant has outstanding, and its buckets. They are full at first.
 
     A request is let in while its bucket holds one, and the bucket of tokens the prompt's (or is full, for a longer prompt). Then
-    both are paid. Each generated token is paid when it comes, though it may put the bucket into debt, which keeps the next request
-    out until it is made up for: in the long run a tenant gets its rate, whatever it asks for.
+    both are paid. Each generated token is paid when it comes, though it may put the bucket into debt, which keeps the next
+    request out until it is made up for: in the long run a tenant gets its rate, whatever it asks for.
     """
 
     def __init__(self, quota: Quota) -> None:
