@@ -49,7 +49,7 @@ class Admission:
         )
 
     def enter(self, entry: Entry, *, journal_full: bool = False) -> None:
-        """Take a place and pay for it from the tenant's quota. Raises Busy for what may not be now, BadRequest for what never may."""
+        """Take a place and pay for it from the tenant's quota. Raises Busy for now, BadRequest for good."""
         bounds, now = self._bounds, self._clock()
         account, tokens = self._account(entry.tenant), len(entry.prompt)
         _check_context(entry, account.quota)
