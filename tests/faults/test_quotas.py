@@ -157,6 +157,7 @@ async def test_a_reload_changes_weights_and_quotas_and_disturbs_nothing(tmp_path
                 "limits were reloaded",
             )
             assert "engine.attempts was changed: that needs a restart" in service.log.read_text()
+            os.kill(service.worker_pid, signal.SIGHUP)  # as `systemctl kill` would, to every process
             await everyone.ask("dave0", asked(0))
             assert (await everyone.told("dave0", Failed)).error.code == "context_length_exceeded"
             await everyone.ask("bob5", asked(5))  # joins, though it is over the new limit
