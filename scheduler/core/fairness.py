@@ -166,8 +166,7 @@ class FairQueue:
         share = units / tenant.weight
         tenant.served += share
         tenant.counter += share
-        if tenant.counter > self.highest:
-            self.highest = tenant.counter
+        self.highest = max(self.highest, tenant.counter)
 
     def _add(self, tenant: _Tenant, sequence: Sequence) -> None:
         tenant.waiting[sequence.rank] = sequence
