@@ -19,6 +19,7 @@ from scheduler.loop import Engine
 from scheduler.metrics import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
+from scheduler.outlook import Outlook
 from scheduler.recovery import Recovery
 from tests.scheduler.test_generation import INFO
 from tests.scheduler.test_text import byte_tokenizer
@@ -123,9 +124,10 @@ class Process:
         self.admission = Admission(Bounds(100, 100, 10_000), self.engine.now)
         self.delivery = Delivery(self.broker, self.journal, group)
         text = SimpleNamespace(backend=TOKENIZER)
-        self.egress = Egress(self.delivery, self.journal, self.engine, text, self.admission, Metrics(), 0.001)
+        outlook = Outlook(8, lambda _: 1.0)
+        self.egress = Egress(self.delivery, self.journal, self.engine, text, self.admission, outlook, Metrics(), 0.001)
         parts = (self.journal, self.engine, self.admission, self.delivery, self.egress)
-        loops = (self.engine.run(), self.egress.run(), self.egress.flush_regularly())
+        loops = (self.engine.run(), self.egress.run(), self.egress.flush_regularly(), self.egress.expire_overdue())
         self._tasks = [group.create_task(loop) for loop in loops]
         self.recovery = group.create_task(Recovery(*parts, model=self._model, attempts=ATTEMPTS).run())
         return self
