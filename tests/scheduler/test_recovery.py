@@ -127,8 +127,10 @@ class Process:
         self.admission = Admission(Bounds(100, 100, 10_000), self.engine.now)
         self.delivery = Delivery(self.broker, self.journal, group)
         text = SimpleNamespace(backend=TOKENIZER)
-        outlook = Outlook(8, lambda _: 1.0)
-        self.egress = Egress(self.delivery, self.journal, self.engine, text, self.admission, outlook, Metrics(), 0.001)
+        self.outlook = Outlook(8, lambda _: 1.0)
+        self.egress = Egress(
+            self.delivery, self.journal, self.engine, text, self.admission, self.outlook, Metrics(), 0.001
+        )
         parts = (self.journal, self.engine, self.admission, self.delivery, self.egress)
         loops = (self.engine.run(), self.egress.run(), self.egress.flush_regularly(), self.egress.expire_overdue())
         self._tasks = [group.create_task(loop) for loop in loops]
