@@ -2,6 +2,7 @@
 
 import secrets
 from dataclasses import dataclass, field
+from math import inf
 from typing import Self
 
 from protocol import openai, replies
@@ -49,6 +50,8 @@ def sequence_for(entry: Entry, info: WorkerInfo) -> Sequence:
         sampling=_sampling(request, entry.seed),
         output=[token for record in entry.records for token in record],
         tenant=entry.tenant,
+        priority=request.priority,
+        deadline=inf if entry.expires_at is None else entry.expires_at,
     )
 
 

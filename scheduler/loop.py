@@ -51,7 +51,6 @@ class StepReport:
     seconds: float
     gap_s: float
     rows: tuple[str, ...]
-    starts: list[Start]
     prefill_tokens: int
     decode_tokens: int
     running: int
@@ -62,6 +61,7 @@ class StepReport:
     late_tokens: int
     worker_restarts: int
     ok: bool = True
+    starts: list[Start] = field(default_factory=list)
     events: list[TokenEvent] = field(default_factory=list)
     given_up: list[Failure] = field(default_factory=list)
 

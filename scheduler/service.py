@@ -26,6 +26,7 @@ from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
 from scheduler.mqtt.ingress import SUBSCRIPTIONS, Ingress, Reader
 from scheduler.mqtt.watch import BrokerWatch
+from scheduler.outlook import Outlook
 from scheduler.recovery import Recovery
 from scheduler.text import Text, preload
 
@@ -176,9 +177,11 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     tasks = await stack.enter_async_context(asyncio.TaskGroup())
     admission = Admission(_bounds(config), engine.now)
     delivery = Delivery(transport, journal, tasks)
-    egress = Egress(delivery, journal, engine, text, admission, metrics, config.service.flush_ms / 1000)
+    outlook = Outlook(config.engine.max_running, engine.batcher.queue.weight)
+    egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, config.service.flush_ms / 1000)
     reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
-    ingress = Ingress(transport, reader, journal, admission, egress, delivery, BrokerWatch(metrics.broker_dropped))
+    watch = BrokerWatch(metrics.broker_dropped)
+    ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch)
     service = Service(
         config,
         broker_url=broker_url,
@@ -225,6 +228,7 @@ async def _looping(service: Service, recovery: Recovery) -> AsyncIterator[None]:
         ("loop", service.engine.run()),
         ("egress", service.egress.run()),
         ("flush", service.egress.flush_regularly()),
+        ("deadlines", service.egress.expire_overdue()),
         ("ingress", _take_in(service, recovery)),
     )
     async with asyncio.TaskGroup() as group:
