@@ -59,6 +59,7 @@ class StepReport:
     preemptions: int
     recomputed_tokens: int
     late_tokens: int
+    cached_tokens: int
     worker_restarts: int
     ok: bool = True
     starts: list[Start] = field(default_factory=list)
@@ -226,6 +227,7 @@ class Engine:
                 preemptions=batcher.counters.preemptions,
                 recomputed_tokens=batcher.counters.recomputed_tokens,
                 late_tokens=batcher.counters.late_tokens,
+                cached_tokens=batcher.counters.cached_tokens,
                 worker_restarts=self.worker_restarts,
                 ok=seconds is not None,
                 events=events or [],

@@ -10,7 +10,7 @@ from pathlib import Path
 from platformdirs import user_state_path
 
 from protocol import replies, topics
-from protocol.errors import ServiceError
+from protocol.errors import BadRequest, ServiceError
 from protocol.transport import BrokerAddress, Transport, Will
 from scheduler.admission import Admission, Bounds
 from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
@@ -171,6 +171,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     await stack.enter_async_context(http)
     await asyncio.gather(stack.enter_async_context(engine), asyncio.to_thread(preload))
     text = await _text(engine.info.model_path)
+    _share_prefixes(config.engine.shared_prefixes, text, engine)
     journal = await stack.enter_async_context(_journal(config, data_dir))
     transport = await stack.enter_async_context(_transport(config, data_dir, broker_url))
     # Replies outlive the loops: should one of those fail for good, what has ended still reaches its tenant.
@@ -281,6 +282,14 @@ async def _text(path: str) -> Text:
         return await asyncio.to_thread(Text, path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: no tokenizer that we can use: {error}") from None
+
+
+def _share_prefixes(systems: list[str], text: Text, engine: Engine) -> None:
+    try:
+        for system in systems:
+            engine.batcher.pool.share(text.system_tokens(system))
+    except BadRequest as error:
+        raise ConfigError(f"engine.shared_prefixes: {error}") from None
 
 
 def _journal(config: Config, data_dir: Path) -> contextlib.AbstractAsyncContextManager[Journal]:

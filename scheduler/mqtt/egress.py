@@ -173,6 +173,10 @@ class Egress:
             generation = self._generations.get(id)
             if generation is not None and generation.started_at is None:
                 generation.started_at = report.at - report.seconds
+        for start in report.starts:
+            generation = self._generations.get(start.id)
+            if generation is not None:
+                generation.cached_tokens = start.cached
         for event in report.events:
             generation = self._generations.get(event.id)
             if generation is not None:
