@@ -64,9 +64,6 @@ class Work:
     def __add__(self, more: "Work") -> "Work":
         return Work(self.prompt + more.prompt, self.output + more.output)
 
-    def __sub__(self, less: "Work") -> "Work":
-        return Work(self.prompt - less.prompt, self.output - less.output)
-
 
 @dataclass(frozen=True, slots=True)
 class Queue:

@@ -14,21 +14,40 @@ _NEWEST = 0.1
 
 
 @dataclass(slots=True)
+class _Rank:
+    """What remains of a tenant's requests of one priority, in tokens."""
+
+    prompt: int = 0
+    output: int = 0
+
+
+@dataclass(slots=True)
 class _Request:
-    """``left`` is what remains of it; ``generated`` counts the tokens that this process saw."""
+    """``prompt`` and ``output`` are what remains of it; ``generated`` counts the tokens that this process saw."""
 
     entry: Entry
-    left: Work
+    rank: _Rank
+    prompt: int = 0
+    output: int = 0
     generated: int = 0
+
+    def advance(self) -> None:
+        """A token of it came out, and with the first one its prompt is done."""
+        self.generated += 1
+        self.change(-self.prompt, -min(self.output, 1))
+
+    def change(self, prompt: int, output: int) -> None:
+        self.prompt += prompt
+        self.output += output
+        self.rank.prompt += prompt
+        self.rank.output += output
 
 
 @dataclass(slots=True)
 class _Tenant:
-    """``left`` is what remains of its requests of each priority."""
-
     weight: float
     requests: int = 0
-    left: defaultdict[int, Work] = field(default_factory=lambda: defaultdict(Work))
+    ranks: defaultdict[int, _Rank] = field(default_factory=lambda: defaultdict(_Rank))
 
 
 class Outlook:
@@ -51,10 +70,9 @@ class Outlook:
             self._weights += tenant.weight
         tenant = self._tenants[entry.tenant]
         whole = self._work(entry)
-        left = Work(whole.prompt + generated, max(whole.output - generated, 0))
-        self._requests[entry.id] = _Request(entry, left)
+        request = self._requests[entry.id] = _Request(entry, tenant.ranks[entry.request.priority])
+        request.change(whole.prompt + generated, max(whole.output - generated, 0))
         tenant.requests += 1
-        tenant.left[entry.request.priority] += left
 
     def observe(self, report: StepReport) -> None:
         """Take in one iteration, before anything ends by it."""
@@ -63,13 +81,12 @@ class Outlook:
         for event in report.events:
             request = self._requests.get(event.id)
             if request is not None:
-                request.generated += 1
-                self._reduce(request, Work(request.left.prompt, min(request.left.output, 1)))
+                request.advance()
 
     def end(self, id: str) -> None:
         """It is outstanding no longer."""
         request = self._requests.pop(id)
-        self._reduce(request, request.left)
+        request.change(-request.prompt, -request.output)
         if request.entry.request.output_limit is None:
             self._usual_output += _NEWEST * (request.generated - self._usual_output)
         name = request.entry.tenant
@@ -95,16 +112,13 @@ class Outlook:
         """Of those of its own priority, all go before it: an earlier deadline isn't counted."""
         least = entry.request.priority
         tenant = self._tenants.get(entry.tenant)
-        works = [work for priority, work in tenant.left.items() if priority >= least] if tenant is not None else []
+        ranks = tenant.ranks.items() if tenant is not None else ()
+        works = [Work(rank.prompt, rank.output) for priority, rank in ranks if priority >= least]
         works += [self._work(e) for e in before if e.tenant == entry.tenant and e.request.priority >= least]
         newcomers = {e.tenant for e in (*before, entry)} - self._tenants.keys()
         weights = self._weights + sum(map(self._weight, newcomers))
         own_weight = self._weight(entry.tenant) if tenant is None else tenant.weight
         return Queue(len(self._requests) + len(before), self._seats, sum(works, Work()), own_weight / weights)
-
-    def _reduce(self, request: _Request, done: Work) -> None:
-        request.left -= done
-        self._tenants[request.entry.tenant].left[request.entry.request.priority] -= done
 
     def _work(self, entry: Entry) -> Work:
         """All of it; who gave no limit is taken to generate as much as others did who gave none."""
