@@ -96,6 +96,10 @@ class FairQueue:
         """Service units so far, divided by the tenant's weight."""
         return self._tenant(tenant).served
 
+    def runs(self, tenant: str) -> int:
+        """How many of a tenant's sequences run."""
+        return self._tenant(tenant).running
+
     def backlogged(self) -> Iterator[str]:
         """The tenants that have something waiting."""
         return (tenant.name for tenant in self._tenants.values() if tenant.waiting)
