@@ -11,6 +11,7 @@ from benchmarks import cli
 from benchmarks.workload import Workload, config, load, sequence
 from protocol.plan import WorkerConfig
 from scheduler.loop import Engine, StepReport
+from scheduler.simulation.fit import TracedStep
 
 
 class EngineFigures(msgspec.Struct, frozen=True):
@@ -28,20 +29,23 @@ class EngineFigures(msgspec.Struct, frozen=True):
     token_ids: dict[str, list[int]]
 
 
-async def run(workload: Workload, worker: WorkerConfig) -> EngineFigures:
-    """One run on a fresh worker."""
+async def run(workload: Workload, worker: WorkerConfig, trace: Path | None = None) -> EngineFigures:
+    """One run on a fresh worker. ``trace``: where to write a JSON line for each step."""
+    reports: list[StepReport] = []
     async with Engine(worker) as engine:
         loop = asyncio.create_task(engine.run(), name="loop")
         try:
-            return await _measure(workload, engine)
+            figures = await _measure(workload, engine, reports)
         finally:
             loop.cancel()
+    if trace is not None:
+        trace.write_bytes(msgspec.json.Encoder().encode_lines([_traced(report) for report in reports]))
+    return figures
 
 
-async def _measure(workload: Workload, engine: Engine) -> EngineFigures:
+async def _measure(workload: Workload, engine: Engine, reports: list[StepReport]) -> EngineFigures:
     outputs: dict[str, list[int]] = {str(item.id): [] for item in workload.requests}
     unfinished = set(outputs)
-    reports: list[StepReport] = []
     begun = time.perf_counter()
     for item in workload.requests:
         engine.submit(sequence(item, engine.info.eos_ids))
@@ -70,12 +74,18 @@ async def _measure(workload: Workload, engine: Engine) -> EngineFigures:
     )
 
 
+def _traced(report: StepReport) -> TracedStep:
+    """What the cost model of the simulator is fitted to."""
+    return TracedStep(report.work, report.prefill_tokens, report.decode_tokens, report.seconds, report.gap_s)
+
+
 @click.command()
 @cli.workload_option
 @cli.options
-def main(file: Path, model: str, max_running: int, max_batch_tokens: int, as_json: bool) -> None:
+@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Write a JSON line for each step here.")
+def main(file: Path, model: str, max_running: int, max_batch_tokens: int, as_json: bool, trace: Path | None) -> None:
     """Run a workload through the engine alone."""
-    figures = asyncio.run(run(load(file), config(model, max_running, max_batch_tokens).worker()))
+    figures = asyncio.run(run(load(file), config(model, max_running, max_batch_tokens).worker(), trace))
     cli.show(figures, as_json, hidden=("token_ids",))
 
 

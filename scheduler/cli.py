@@ -1,4 +1,4 @@
-"""The command line: ``tokenbus serve | submit | demo | bench``."""
+"""The command line: ``tokenbus serve | submit | demo | bench | simulate``."""
 
 import asyncio
 import contextlib
@@ -23,6 +23,7 @@ from scheduler import logs, service
 from scheduler.config import Config, ConfigError
 from scheduler.journal.entry import JournalError
 from scheduler.mqtt.broker import BrokerFailed, BrokerNotFound
+from scheduler.simulation.cli import simulate
 from scheduler.worker import WorkerDied, WorkerRefused
 
 #: What keeps a service from starting, told without a traceback.
@@ -216,6 +217,9 @@ def demo(context: click.Context, file: Path | None, assignments: tuple[str, ...]
 def bench(name: str, arguments: tuple[str, ...]) -> None:
     """Run a benchmark; ``tokenbus bench engine --help`` says more. They may import torch, so they get their own process."""
     raise SystemExit(subprocess.call([sys.executable, "-m", f"benchmarks.{name}", *arguments]))
+
+
+main.add_command(simulate)
 
 
 if __name__ == "__main__":

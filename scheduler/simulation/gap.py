@@ -1,0 +1,64 @@
+"""How far apart the service of two tenants gets while both of them have something waiting."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: So many tenants are watched, the first to come: each moment costs their number squared.
+MOST_TENANTS = 64
+#: The gap over time is noted so often.
+_NOTE_EVERY_S = 1.0
+
+Matrix = NDArray[np.float64]
+
+
+class ServiceGap:
+    """The largest difference in service per weight that two tenants got, over all intervals in which both had something waiting.
+
+    Over such an interval, from t1 to t2, the difference of their totals moves from D(t1) to D(t2); the largest move within a
+    stretch of waiting is its highest D less its lowest, so each pair keeps these two, and forgets them when either waits no more.
+    """
+
+    def __init__(self) -> None:
+        self.tenants: list[str] = []
+        self.widest = 0.0
+        #: (seconds, how far apart the furthest pair has got since both of them wait)
+        self.history: list[tuple[float, float]] = []
+        self._start(0)
+
+    def watch(self, tenant: str) -> None:
+        """Another tenant has come."""
+        if len(self.tenants) < MOST_TENANTS:
+            self.tenants.append(tenant)
+            known = self._both, self._highest, self._first
+            self._start(len(self.tenants))
+            for fresh, old in zip((self._both, self._highest, self._first), known, strict=True):
+                fresh[:-1, :-1] = old
+
+    def observe(self, now: float, served: Callable[[str], float], waits: Callable[[str], bool]) -> None:
+        """Look at everybody. To be called whenever somebody was served, began to wait or stopped waiting."""
+        waiting = np.array([waits(tenant) for tenant in self.tenants], dtype=bool)
+        if np.count_nonzero(waiting) < 2:
+            self._both[:] = False
+            self._note(now, 0.0)
+            return
+        totals = np.array([served(tenant) for tenant in self.tenants])
+        apart = totals[:, None] - totals
+        both = waiting[:, None] & waiting
+        still = both & self._both
+        self._highest = np.where(still, np.maximum(self._highest, apart), apart)
+        self._first = np.where(still, self._first, apart)
+        self._both = both
+        # The lowest of (p, q) is the highest of (q, p), its sign changed.
+        self.widest = max(self.widest, float(((self._highest + self._highest.T) * both).max()))
+        self._note(now, float((np.abs(apart - self._first) * both).max()))
+
+    def _note(self, now: float, apart: float) -> None:
+        if not self.history or now >= self.history[-1][0] + _NOTE_EVERY_S:
+            self.history.append((now, apart))
+
+    def _start(self, count: int) -> None:
+        self._both = np.zeros((count, count), dtype=bool)
+        self._highest: Matrix = np.zeros((count, count))
+        self._first: Matrix = np.zeros((count, count))
