@@ -11,6 +11,7 @@ from msgspec import Meta
 from protocol import topics
 from protocol.plan import AttentionName, DtypeName, WorkerConfig
 from protocol.transport import BrokerAddress
+from scheduler.core.policies import PolicyName
 
 ENV_PREFIX = "TOKENBUS_"
 EMBEDDED = "embedded"
@@ -46,6 +47,9 @@ class EngineConfig(Section, frozen=True):
 
     A worker that takes longer than ``step_timeout_s`` over a step is killed; over ``stalled_after_s``, the service isn't
     ready. A request is given up after ``attempts`` failing steps, the last of them with it alone.
+
+    ``policy``: ``fair`` is ours; the others are what it is compared with. ``prefix_cache``: prompts of a tenant that begin
+    alike are computed once; ``shared_prefixes`` are system messages that are computed once for all tenants.
     """
 
     max_running: Count = 64
@@ -57,6 +61,9 @@ class EngineConfig(Section, frozen=True):
     stalled_after_s: Seconds = 10.0
     heartbeat_s: Seconds = 5.0
     attempts: Count = 3
+    policy: PolicyName = "fair"
+    prefix_cache: bool = True
+    shared_prefixes: list[Annotated[str, Meta(min_length=1)]] = []
 
 
 class BrokerConfig(Section, frozen=True):

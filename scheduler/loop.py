@@ -9,9 +9,10 @@ from typing import Self
 
 from protocol.plan import StepFailure, StepPlan, Work, WorkerConfig, WorkerInfo
 from protocol.transport import delays
-from scheduler.core.batcher import Batcher, Limits, TokenEvent
+from scheduler.core.batch import Limits
+from scheduler.core.batcher import Batcher, Start, TokenEvent
 from scheduler.core.blocks import BlockPool
-from scheduler.core.fairness import FairQueue
+from scheduler.core.policies.base import Policy
 from scheduler.core.sequence import Sequence
 from scheduler.worker import Worker, WorkerDied
 
@@ -41,7 +42,8 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` all the rest of the iteration: planning,
-    the way to the worker and back, applying. ``ok`` is false for a step that failed.
+    the way to the worker and back, applying. ``prefill_tokens`` were computed; ``starts`` says what the prefix cache spared those
+    who ran for the first time. ``ok`` is false for a step that failed.
     """
 
     step: int
@@ -49,6 +51,7 @@ class StepReport:
     seconds: float
     gap_s: float
     rows: tuple[str, ...]
+    starts: list[Start]
     prefill_tokens: int
     decode_tokens: int
     work: Work
@@ -64,6 +67,16 @@ class StepReport:
     given_up: list[Failure] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A step under way, and who was in it: once it has failed the batcher no longer tells."""
+
+    plan: StepPlan
+    rows: tuple[str, ...]
+    starts: list[Start]
+    begun: float
+
+
 class Engine:
     """Batcher and worker together; use as ``async with Engine(config) as engine``, with ``engine.run()`` in a task.
 
@@ -76,12 +89,15 @@ class Engine:
         self,
         config: WorkerConfig,
         patience: Patience = Patience(),
-        queue: FairQueue | None = None,
+        policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        prefix_cache: bool = True,
     ) -> None:
         self._config = config
-        self._queue = queue
+        self._policy = policy
         self._patience = patience
+        self._prefix_cache = prefix_cache
         self._clock = clock
         self._worker = Worker(config, patience.answer_s)
         self._work_came = asyncio.Event()
@@ -95,7 +111,8 @@ class Engine:
         self.worker_up = True
         info = self.info = self._worker.info
         limits = Limits(self._config.max_running, self._config.max_batch_tokens, info.max_model_len)
-        self.batcher = Batcher(limits, BlockPool(info.num_blocks, info.block_size), self._queue)
+        pool = BlockPool(info.num_blocks, info.block_size, prefix_cache=self._prefix_cache)
+        self.batcher = Batcher(limits, pool, self._policy)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -147,18 +164,18 @@ class Engine:
                 await self._restart_worker()
 
     async def _iterate(self, plan: StepPlan, begun: float) -> None:
-        ids = tuple(self.batcher.row_ids(plan))
+        planned = _Planned(plan, tuple(self.batcher.row_ids(plan)), self.batcher.starts(plan), begun)
         try:
             result = await self._worker.step(plan)
         except WorkerDied as error:
-            self._report(plan, ids, begun, given_up=self._fail(plan, str(error), crashed=True))
+            self._report(planned, given_up=self._fail(plan, str(error), crashed=True))
             await self._restart_worker()
             return
         if isinstance(result, StepFailure):
-            self._report(plan, ids, begun, given_up=self._fail(plan, result.error, crashed=False))
+            self._report(planned, given_up=self._fail(plan, result.error, crashed=False))
         else:
             self._pauses = delays()
-            self._report(plan, ids, begun, result.seconds, self.batcher.apply(result.step, result.tokens))
+            self._report(planned, result.seconds, self.batcher.apply(result.step, result.tokens))
 
     def _fail(self, plan: StepPlan, error: str, *, crashed: bool) -> list[Failure]:
         """Have the batcher look for the one at fault, and give it up when this was its last attempt."""
@@ -186,22 +203,22 @@ class Engine:
 
     def _report(
         self,
-        plan: StepPlan,
-        ids: tuple[str, ...],
-        begun: float,
+        planned: _Planned,
         seconds: float | None = None,
         events: list[TokenEvent] | None = None,
         given_up: list[Failure] | None = None,
     ) -> None:
         batcher, now = self.batcher, self._clock()
+        plan = planned.plan
         decodes = sum(1 for row in plan.rows if not row.tokens)
         self.reports.put_nowait(
             StepReport(
                 step=plan.step,
                 at=now,
                 seconds=seconds or 0.0,
-                gap_s=now - begun - (seconds or 0.0),
-                rows=ids,
+                gap_s=now - planned.begun - (seconds or 0.0),
+                rows=planned.rows,
+                starts=planned.starts,
                 prefill_tokens=sum(row.length for row in plan.rows) - decodes,
                 decode_tokens=decodes,
                 work=plan.work(),

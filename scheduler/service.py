@@ -14,7 +14,7 @@ from protocol.errors import ServiceError
 from protocol.transport import BrokerAddress, Transport, Will
 from scheduler.admission import Admission, Bounds
 from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
-from scheduler.core.fairness import FairQueue
+from scheduler.core import policies
 from scheduler.http import HttpServer, tls_context
 from scheduler.journal.entry import Journal
 from scheduler.journal.memory import MemoryJournal
@@ -146,8 +146,8 @@ async def running(config: Config) -> AsyncIterator[Service]:
 async def _start(config: Config, data_dir: Path, broker_url: str, stack: contextlib.AsyncExitStack) -> Service:
     """Everything, from the worker outwards; the journal before the transport, for whose file it is, its session it is."""
     metrics = Metrics()
-    queue = FairQueue({name: tenant.weight for name, tenant in config.tenants.items()})
-    engine = Engine(config.worker(), _patience(config), queue)
+    policy = policies.create(config.engine.policy, {name: tenant.weight for name, tenant in config.tenants.items()})
+    engine = Engine(config.worker(), _patience(config), policy, prefix_cache=config.engine.prefix_cache)
     health = Health()
     http = HttpServer(
         config.metrics.host,

@@ -1,24 +1,46 @@
 """The pool of paged KV blocks (Kwon et al., "Efficient Memory Management for LLM Serving with PagedAttention", SOSP'23)."""
 
+from collections import OrderedDict
+
+from scheduler.core.prefix import PrefixIndex
+from scheduler.core.sequence import Sequence
+
 
 class OutOfBlocks(Exception):
     """The pool holds fewer free blocks than were asked for; nothing was allocated."""
 
 
 class BlockPool:
-    """Hands out physical block numbers ``0 .. num_blocks - 1``; a block holds ``block_size`` tokens of every layer."""
+    """Hands out physical block numbers ``0 .. num_blocks - 1``; a block holds ``block_size`` tokens of every layer.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    With ``prefix_cache`` a full block can be shared by all sequences that begin with the same tokens, those of one tenant only
+    except for public prefixes. A block that nobody uses any more keeps its content until it is needed, the least
+    recently used one first, and of a sequence the last first.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = False) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs at least one block of at least one token, not {num_blocks} of {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._prefixes = PrefixIndex() if prefix_cache else None
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._is_free = bytearray(b"\1" * num_blocks)
+        self._users = [0] * num_blocks
+        self._unused: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that nobody uses."""
+        return len(self._free) + len(self._unused)
+
+    @property
+    def num_kept(self) -> int:
+        """Blocks that nobody uses but whose content can be found."""
+        return len(self._unused)
+
+    def num_freed_by(self, sequence: Sequence) -> int:
+        """How many blocks only this sequence uses."""
+        return sum(1 for block in sequence.blocks if self._users[block] == 1)
 
     def blocks_for(self, tokens: int) -> int:
         """How many blocks ``tokens`` tokens fill."""
@@ -26,17 +48,72 @@ class BlockPool:
 
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` blocks, the most recently freed first. Raises OutOfBlocks."""
-        if count > len(self._free):
-            raise OutOfBlocks(f"{count} blocks wanted, {len(self._free)} free of {self.num_blocks}")
-        taken = [self._free.pop() for _ in range(count)]
+        if count > self.num_free:
+            raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free of {self.num_blocks}")
+        taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for block in taken:
-            self._is_free[block] = False
+            self._users[block] = 1
         return taken
 
     def free(self, blocks: list[int]) -> None:
         """Give blocks back. Raises ValueError for one that is already free."""
         for block in reversed(blocks):
-            if self._is_free[block]:
+            if not self._users[block]:
                 raise ValueError(f"block {block} is free already")
-            self._is_free[block] = True
-            self._free.append(block)
+            self._users[block] -= 1
+            if self._users[block]:
+                continue
+            if self._prefixes is not None and block in self._prefixes:
+                self._unused[block] = None
+            else:
+                self._free.append(block)
+
+    def grow(self, sequence: Sequence, count: int) -> None:
+        """Give a sequence ``count`` more blocks. Raises OutOfBlocks."""
+        sequence.blocks += self.allocate(count)
+        sequence.room = len(sequence.blocks) * self.block_size
+
+    def reuse(self, sequence: Sequence) -> None:
+        """Give a sequence without blocks those that hold its beginning, up to but for its last token, which must be computed."""
+        if self._prefixes is None:
+            return
+        most = (len(sequence.tokens) - 1) // self.block_size
+        while sequence.known_blocks < most:
+            known = self._prefixes.find(sequence.node, *self._content(sequence, sequence.known_blocks))
+            if known is None:
+                break
+            self._unused.pop(known.block, None)
+            self._users[known.block] += 1
+            sequence.blocks.append(known.block)
+            sequence.known_blocks += 1
+            sequence.node = known.node
+        sequence.computed = sequence.room = sequence.known_blocks * self.block_size
+
+    def remember(self, sequence: Sequence, computed: int) -> None:
+        """The first ``computed`` positions of a sequence are computed: its full blocks can be found from now on."""
+        if self._prefixes is None:
+            return
+        while sequence.known_blocks < computed // self.block_size:
+            index = sequence.known_blocks
+            salt, tokens = self._content(sequence, index)
+            sequence.node = self._prefixes.add(sequence.node, salt, tokens, sequence.blocks[index])
+            sequence.known_blocks += 1
+
+    def forget_content(self) -> None:
+        """The KV is lost; nobody may hold a block."""
+        self._free += self._unused
+        self._unused.clear()
+        if self._prefixes is not None:
+            self._prefixes.clear()
+
+    def _content(self, sequence: Sequence, index: int) -> tuple[str, list[int]]:
+        """The salt and the tokens of a sequence's block: what isn't wholly public is its tenant's."""
+        end = (index + 1) * self.block_size
+        salt = "" if end <= sequence.public_len else f"tenant {sequence.tenant}"
+        return salt, sequence.tokens[end - self.block_size : end]
+
+    def _evict(self) -> int:
+        block, _ = self._unused.popitem(last=False)
+        assert self._prefixes is not None
+        self._prefixes.forget(block)
+        return block

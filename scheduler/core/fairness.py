@@ -6,17 +6,25 @@ counter is next. Who comes back after having had nothing waiting is lifted to th
 idleness earns no credit. Hence the service of two tenants that both have something waiting all the time differs by at most
 ``service_gap_bound``, however long it goes on (Theorem 4.4 there), and nobody waits while there is room.
 
-Charged is what a tenant asked for, not what it costs us: a prompt computed in chunks is charged once, and what is computed
-again after a preemption or thrown away is never charged.
+What is charged, and what is not:
+
+- a prompt that is computed in chunks is charged once, at admission;
+- prompt tokens found in the prefix cache cost nothing (as in Cao et al., "Locality-aware Fair Scheduling", 2025): nobody had to
+  wait for them;
+- what is computed again after a preemption or a failure is never charged: the victim paid for it before;
+- only tokens that are delivered are charged, not those sampled and thrown away.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush, heapreplace
 
-from sortedcontainers import SortedList
+from sortedcontainers import SortedDict
 
 from scheduler.core.sequence import Sequence
+
+#: Tenants that are kept in mind before it pays to look whom to forget.
+_MANY_TENANTS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,25 +42,37 @@ def service_gap_bound(price: Price, longest_prompt: int, kv_tokens: int) -> floa
 
 @dataclass(slots=True)
 class _Tenant:
+    """``served`` is never lifted. ``listed``: it is in the heap."""
+
     name: str
     weight: float
     counter: float = 0.0
-    waiting: OrderedDict[str, Sequence] = field(default_factory=OrderedDict)
+    served: float = 0.0
+    running: int = 0
+    listed: bool = False
+    waiting: SortedDict = field(default_factory=SortedDict)
 
 
 class FairQueue:
-    """The sequences that wait, and what each tenant was served. Within a tenant: first come, first served.
+    """The sequences that wait, and what each tenant was served. ``weights`` names those that aren't 1.
 
-    Every method costs O(log tenants). ``weights`` names those that aren't 1.
+    Within a tenant: by priority, then deadline, then arrival. Every method costs O(log n), but for ``__iter__``.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None, price: Price = Price()) -> None:
-        self._weights = dict(weights or {})
-        self._price = price
+        self.price = price
+        #: No tenant's counter was ever higher.
+        self.highest = 0.0
+        #: Tenants that use priorities.
+        self.prioritised: set[str] = set()
         self._tenants: dict[str, _Tenant] = {}
-        # (counter, name) of every tenant that has something waiting.
-        self._order: SortedList = SortedList()
+        # A tenant's entry may hold a counter it had before: counters only grow, so a stale entry comes up too early and is
+        # mended then. That way a charge costs nothing here.
+        self._heap: list[tuple[float, str]] = []
         self._last_to_leave: _Tenant | None = None
+        self._arrivals = 0
+        self._forget_at = _MANY_TENANTS
+        self.reweigh(weights or {})
 
     def __iter__(self) -> Iterator[Sequence]:
         for tenant in self._tenants.values():
@@ -61,72 +81,135 @@ class FairQueue:
     def reweigh(self, weights: Mapping[str, float]) -> None:
         """From now on these weights hold; what was charged stays."""
         self._weights = dict(weights)
+        self.heaviest = max([1.0, *weights.values()])
         for tenant in self._tenants.values():
-            tenant.weight = self._weights.get(tenant.name, 1.0)
+            tenant.weight = self.weight(tenant.name)
+
+    def weight(self, tenant: str) -> float:
+        return self._weights.get(tenant, 1.0)
 
     def counter(self, tenant: str) -> float:
-        """Service units so far, divided by the tenant's weight."""
+        """Service units so far, divided by the tenant's weight, lifted whenever it came back."""
         return self._tenant(tenant).counter
+
+    def served(self, tenant: str) -> float:
+        """Service units so far, divided by the tenant's weight."""
+        return self._tenant(tenant).served
+
+    def backlogged(self) -> Iterator[str]:
+        """The tenants that have something waiting."""
+        return (tenant.name for tenant in self._tenants.values() if tenant.waiting)
 
     def push(self, sequence: Sequence) -> None:
         """A new sequence waits."""
+        self._forget_idle()
         tenant = self._tenant(sequence.tenant)
         if not tenant.waiting:
             tenant.counter = max(tenant.counter, self._floor())
+        self._arrivals += 1
+        sequence.number = self._arrivals
+        if sequence.priority:
+            self.prioritised.add(tenant.name)
         self._add(tenant, sequence)
 
     def put_back(self, sequence: Sequence) -> None:
-        """A sequence that was running waits again, before the others of its tenant."""
+        """A sequence that was running waits again, at the place it would have had."""
         tenant = self._tenant(sequence.tenant)
+        tenant.running -= 1
         self._add(tenant, sequence)
-        tenant.waiting.move_to_end(sequence.id, last=False)
 
     def head(self) -> Sequence | None:
         """Who is next."""
-        if not self._order:
-            return None
-        _, name = self._order[0]
-        return next(iter(self._tenants[name].waiting.values()))
+        tenant = self._least()
+        return None if tenant is None else self._first(tenant)
+
+    def head_of(self, tenant: str) -> Sequence | None:
+        """Who of a tenant is next."""
+        found = self._tenant(tenant)
+        return self._first(found) if found.waiting else None
+
+    def heads(self, count: int) -> list[Sequence]:
+        """The next one of each of the ``count`` least served tenants."""
+        taken: list[tuple[tuple[float, str], Sequence]] = []
+        while len(taken) < count and (tenant := self._least()) is not None:
+            taken.append((heappop(self._heap), self._first(tenant)))
+        for entry, _ in taken:
+            heappush(self._heap, entry)
+        return [sequence for _, sequence in taken]
 
     def remove(self, sequence: Sequence) -> None:
-        """It waits no longer, whether it runs now or has ended."""
+        """It waits no longer, and doesn't run."""
         tenant = self._tenant(sequence.tenant)
-        del tenant.waiting[sequence.id]
+        del tenant.waiting[sequence.rank]
         if not tenant.waiting:
-            self._order.remove((tenant.counter, tenant.name))
             self._last_to_leave = tenant
 
     def admit(self, sequence: Sequence) -> None:
-        """It runs from now on; its prompt is charged the first time."""
-        self.remove(sequence)
+        """It runs from now on; what of its prompt wasn't ``cached`` is charged the first time."""
+        tenant = self._tenant(sequence.tenant)
+        tenant.running += 1
         if not sequence.charged:
             sequence.charged = True
-            self._charge(sequence.tenant, self._price.input * sequence.prompt_len)
+            self._charge(tenant, self.price.input * (sequence.prompt_len - sequence.cached))
+        self.remove(sequence)
 
-    def charge_output(self, sequence: Sequence) -> None:
-        """A token of it came out."""
-        self._charge(sequence.tenant, self._price.output)
+    def leave(self, sequence: Sequence) -> None:
+        """It ran and has ended."""
+        self._tenant(sequence.tenant).running -= 1
 
-    def _charge(self, name: str, units: float) -> None:
-        tenant = self._tenant(name)
-        if tenant.waiting:
-            self._order.remove((tenant.counter, name))
-        tenant.counter += units / tenant.weight
-        if tenant.waiting:
-            self._order.add((tenant.counter, name))
+    def charge_output(self, tenant: str, tokens: int) -> None:
+        """So many tokens of it came out."""
+        self._charge(self._tenant(tenant), self.price.output * tokens)
+
+    def _charge(self, tenant: _Tenant, units: float) -> None:
+        share = units / tenant.weight
+        tenant.served += share
+        tenant.counter += share
+        self.highest = max(self.highest, tenant.counter)
 
     def _add(self, tenant: _Tenant, sequence: Sequence) -> None:
-        if not tenant.waiting:
-            self._order.add((tenant.counter, tenant.name))
-        tenant.waiting[sequence.id] = sequence
+        tenant.waiting[sequence.rank] = sequence
+        if not tenant.listed:
+            tenant.listed = True
+            heappush(self._heap, (tenant.counter, tenant.name))
+
+    def _least(self) -> _Tenant | None:
+        heap = self._heap
+        while heap:
+            counter, name = heap[0]
+            tenant = self._tenants[name]
+            if not tenant.waiting:
+                heappop(heap)
+                tenant.listed = False
+            elif counter != tenant.counter:
+                heapreplace(heap, (tenant.counter, name))
+            else:
+                return tenant
+        return None
+
+    def _first(self, tenant: _Tenant) -> Sequence:
+        first: Sequence = tenant.waiting.peekitem(0)[1]
+        return first
 
     def _floor(self) -> float:
         """The smallest counter of those who wait; when nobody does, that of the last who did."""
-        if self._order:
-            return float(self._order[0][0])
-        return self._last_to_leave.counter if self._last_to_leave is not None else 0.0
+        last = self._least() or self._last_to_leave
+        return 0.0 if last is None else last.counter
 
     def _tenant(self, name: str) -> _Tenant:
-        if name not in self._tenants:
-            self._tenants[name] = _Tenant(name, self._weights.get(name, 1.0))
-        return self._tenants[name]
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            tenant = self._tenants[name] = _Tenant(name, self.weight(name))
+        return tenant
+
+    def _forget_idle(self) -> None:
+        """Once there are very many tenants: those who would be lifted anyway when they came back need no memory."""
+        if len(self._tenants) < self._forget_at:
+            return
+        floor = self._floor()
+        self._tenants = {
+            name: tenant
+            for name, tenant in self._tenants.items()
+            if tenant.waiting or tenant.running or tenant.listed or tenant.counter > floor
+        }
+        self._forget_at = max(2 * len(self._tenants), _MANY_TENANTS)

@@ -22,22 +22,32 @@ class Sequence:
     """``tokens`` is the prompt, then every generated token seen so far.
 
     ``computed`` counts the leading positions whose KV is computed or planned; ``unseen`` the tokens a planned step will
-    sample (0 or 1 with one step in flight at a time, up to one more per step planned ahead). ``failures`` counts the steps
-    with it that failed, since one passed. ``output`` given at the start was generated before, by another process.
-    ``charged``: its prompt has been, to its tenant. Within a tenant a higher ``priority`` goes first, then the earlier
-    ``deadline`` (on any clock that all share).
+    sample (0 or 1 with one step in flight at a time, up to one more per step planned ahead). ``room``: tokens that its blocks
+    hold. ``failures`` counts the steps with it that failed, since one passed. ``output`` given at the start was generated
+    before, by another process.
+
+    Within a tenant a higher ``priority`` goes first, then the earlier ``deadline`` (on any clock that all share), then the
+    smaller ``number``, which its queue gives it. ``charged``: its prompt has been, to its tenant; ``cached`` tokens of it were
+    found in the prefix cache then. The first ``public_len`` tokens of the prompt may be shared with other tenants.
     """
 
     __slots__ = (
         "blocks",
+        "cached",
         "charged",
         "computed",
         "deadline",
+        "end_len",
         "failures",
         "id",
+        "known_blocks",
         "max_tokens",
+        "node",
+        "number",
         "priority",
         "prompt_len",
+        "public_len",
+        "room",
         "sampling",
         "sent_blocks",
         "slot",
@@ -57,11 +67,12 @@ class Sequence:
         *,
         max_tokens: int,
         stop_ids: frozenset[int] = frozenset(),
-        sampling: Sampling = Sampling(),  # noqa: B008 - frozen, so one shared default is safe
+        sampling: Sampling = Sampling(),
         output: Iterable[int] = (),
         tenant: str = "",
         priority: int = 0,
         deadline: float = inf,
+        public_len: int = 0,
     ) -> None:
         if not prompt or max_tokens < 1:
             raise ValueError("a sequence needs at least one prompt token and one token to generate")
@@ -69,18 +80,21 @@ class Sequence:
         self.tenant = tenant
         self.priority = priority
         self.deadline = deadline
+        self.public_len = public_len
+        self.number = 0
         self.charged = False
+        self.cached = 0
         self.tokens = [*prompt, *output]
         self.prompt_len = len(prompt)
         self.max_tokens = max_tokens
+        self.end_len = self.prompt_len + max_tokens
         self.stop_ids = stop_ids
         self.sampling = sampling
         self.state = State.WAITING
         self.slot = -1
-        self.blocks: list[int] = []
         self.unseen = 0
         self.failures = 0
-        self.restart()
+        self.release()
 
     def again(self) -> "Sequence":
         """The same one, with its tokens so far, to be submitted anew."""
@@ -94,11 +108,19 @@ class Sequence:
             tenant=self.tenant,
             priority=self.priority,
             deadline=self.deadline,
+            public_len=self.public_len,
         )
 
-    def restart(self) -> None:
-        """Forget what was computed; the tokens stay, to be computed again."""
+    def release(self) -> None:
+        """It holds no blocks; the tokens stay, to be computed again if it runs again.
+
+        ``known_blocks`` of its blocks, up to the prefix cache's ``node``, can be found there.
+        """
+        self.blocks: list[int] = []
+        self.room = 0
         self.computed = 0
+        self.known_blocks = 0
+        self.node = 0
         self.untell()
 
     def untell(self) -> None:
@@ -123,16 +145,12 @@ class Sequence:
         return self.planned_len - self.computed
 
     @property
-    def is_exhausted(self) -> bool:
-        """Every token it may generate is planned already."""
-        return self.planned_len - self.prompt_len >= self.max_tokens
+    def rank(self) -> tuple[int, float, int]:
+        """Its place within its tenant."""
+        return (-self.priority, self.deadline, self.number)
 
-    def accept(self, token: int) -> FinishReason | None:
-        """Append a sampled token; says why the sequence ends with it, if it does."""
-        self.tokens.append(token)
-        self.unseen -= 1
+    def finish_reason(self, token: int) -> FinishReason | None:
+        """Why the sequence ends with its newest token, if it does."""
         if token in self.stop_ids:
             return "stop"
-        if len(self.tokens) - self.prompt_len >= self.max_tokens:
-            return "length"
-        return None
+        return "length" if len(self.tokens) >= self.end_len else None

@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from protocol.plan import Sampling
-from scheduler.core.batcher import Batcher, Limits
+from scheduler.core.batch import Limits
+from scheduler.core.batcher import Batcher
 from scheduler.core.blocks import BlockPool
 from scheduler.core.sequence import Sequence
 from workers.attention import choose

@@ -2,7 +2,8 @@
 
 import pytest
 
-from scheduler.core.batcher import Batcher, CapacityError, Limits
+from scheduler.core.batch import Limits
+from scheduler.core.batcher import Batcher, CapacityError
 from scheduler.core.blocks import BlockPool, OutOfBlocks
 from scheduler.core.sequence import Sequence, State
 

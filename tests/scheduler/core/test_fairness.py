@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.core.batcher import Batcher, Limits
+from scheduler.core.batch import Limits
+from scheduler.core.batcher import Batcher
 from scheduler.core.blocks import BlockPool
 from scheduler.core.fairness import FairQueue, Price, service_gap_bound
+from scheduler.core.policies.fair import Fair
 from scheduler.core.sequence import Sequence
 
 
@@ -42,7 +44,7 @@ def test_output_is_charged_as_it_comes_and_weights_divide_it():
     for each in (a, b):
         queue.admit(each)
         for _ in range(4):
-            queue.charge_output(each)
+            queue.charge_output(each.tenant, 1)
     assert (queue.counter("a"), queue.counter("b")) == (4, 16)
 
 
@@ -95,7 +97,7 @@ def test_backlogged_tenants_never_differ_by_more_than_the_bound(data, weights, r
     batcher = Batcher(
         Limits(running, running + extra, 4 * blocks),
         BlockPool(blocks, 4),
-        FairQueue(dict(zip(tenants, weights, strict=True))),
+        Fair(dict(zip(tenants, weights, strict=True))),
     )
     shapes = {tenant: data.draw(st.tuples(st.integers(1, 12), st.integers(1, 10)), label=tenant) for tenant in tenants}
     sent = dict.fromkeys(tenants, 0)

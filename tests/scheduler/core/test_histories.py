@@ -1,4 +1,5 @@
-"""Invariants of the batcher after every step of random histories: arrivals, cancels, crashes, tiny pools, steps planned ahead."""
+"""Invariants of the batcher after every step of random histories, under every policy: arrivals, cancels, crashes, tiny pools,
+prompts that begin alike, steps planned ahead."""
 
 from collections import deque
 
@@ -7,7 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from protocol.plan import StepPlan
-from scheduler.core.batcher import Batcher, Limits
+from scheduler.core import policies
+from scheduler.core.batch import Limits
+from scheduler.core.batcher import Batcher
 from scheduler.core.blocks import BlockPool
 from scheduler.core.sequence import Sequence, State
 
@@ -58,9 +61,13 @@ class Histories(RuleBasedStateMachine):
         blocks=st.integers(3, 14),
         size=st.integers(1, 4),
         ahead=st.integers(1, 2),
+        cache=st.booleans(),
+        policy=st.sampled_from(["fair", "fair", *policies.NAMES]),
     )
-    def start(self, running, extra_budget, blocks, size, ahead):
-        self.batcher = Batcher(Limits(running, running + extra_budget, 40), BlockPool(blocks, size))
+    def start(self, running, extra_budget, blocks, size, ahead, cache, policy):
+        pool = BlockPool(blocks, size, prefix_cache=cache)
+        self.batcher = Batcher(Limits(running, running + extra_budget, 40), pool, policies.create(policy))
+        self.policy = policy
         self.room = min(40, blocks * size)
         self.ahead = ahead
         self.worker = Worker(size)
@@ -79,15 +86,26 @@ class Histories(RuleBasedStateMachine):
         max_tokens=st.integers(1, 10),
         poison=st.none() | st.integers(0, 12),
         tenant=st.sampled_from("abc"),
+        like=st.none() | st.integers(0, 1),
+        priority=st.sampled_from([0, 0, 0, 1, -1]),
+        public=st.sampled_from([0, 0, 3, 12]),
     )
-    def submit(self, prompt, max_tokens, poison, tenant):
+    def submit(self, prompt, max_tokens, poison, tenant, like, priority, public):
         prompt = min(prompt, self.room - 1)
         max_tokens = min(max_tokens, self.room - prompt)
         if prompt < 1 or max_tokens < 1:
             return
         id = f"s{len(self.sequences)}"
-        tokens = [100 + len(self.sequences) * 50 + index for index in range(prompt)]
-        sequence = Sequence(id, tokens, max_tokens=max_tokens, stop_ids=frozenset({EOS}), tenant=tenant)
+        first = 100 + (len(self.sequences) + 2 if like is None else like) * 50
+        sequence = Sequence(
+            id,
+            list(range(first, first + prompt)),
+            max_tokens=max_tokens,
+            stop_ids=frozenset({EOS}),
+            tenant=tenant,
+            priority=priority,
+            public_len=min(public, prompt),
+        )
         self.sequences[id] = sequence
         self.emitted[id] = []
         if poison is not None and len(self.poison) < 2:
@@ -102,11 +120,13 @@ class Histories(RuleBasedStateMachine):
         if plan is None:
             return
         limits = self.batcher.limits
-        assert 0 < sum(row.length for row in plan.rows) <= limits.max_batch_tokens
+        assert sum(row.length for row in plan.rows) > 0
+        if self.policy in ("fair", "chunked"):
+            assert sum(row.length for row in plan.rows) <= limits.max_batch_tokens
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots) <= limits.max_running
-        chunks = [len(row.tokens) > 1 or (bool(row.tokens) and row.start == 0) for row in plan.rows]
-        assert chunks == sorted(chunks), "decodes come first"
+        chunks = [len(row.tokens) > 1 for row in plan.rows]
+        assert not any(chunks[: sum(not row.tokens for row in plan.rows)]), "decodes come first"
         # The device runs steps in order, so what it samples is known here; the batcher hears of it later.
         # After one that fails it is of no consequence what the worker makes of those that follow.
         fails = any(tokens is None for _, tokens in self.in_flight) or self.is_poisonous(plan)
@@ -156,7 +176,8 @@ class Histories(RuleBasedStateMachine):
         finished_running = [event for event in events if event.finish]
         assert self.batcher.pool.num_free >= free
         if finished_running and self.ahead == 1:
-            assert self.batcher.pool.num_free > free, "an ended sequence frees its blocks in that iteration"
+            shared = self.batcher.pool.num_blocks - self.batcher.pool.num_free
+            assert self.batcher.pool.num_free > free or shared, "an ended sequence frees its blocks in that iteration"
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -174,12 +195,23 @@ class Histories(RuleBasedStateMachine):
         assert self.batcher.pool.num_free == self.batcher.pool.num_blocks
 
     @invariant()
-    def blocks_are_conserved_and_owned_once(self):
+    def blocks_are_conserved_and_shared_only_for_the_same_beginning(self):
         if not hasattr(self, "batcher"):
             return
-        owned = [block for sequence in self.batcher.running for block in sequence.blocks]
-        assert len(owned) == len(set(owned))
-        assert len(owned) + self.batcher.pool.num_free == self.batcher.pool.num_blocks
+        pool = self.batcher.pool
+        owners: dict[int, list[tuple[Sequence, int]]] = {}
+        for sequence in self.batcher.running.values():
+            assert len(set(sequence.blocks)) == len(sequence.blocks)
+            assert sequence.room == len(sequence.blocks) * pool.block_size >= sequence.computed
+            for index, block in enumerate(sequence.blocks):
+                owners.setdefault(block, []).append((sequence, index))
+        assert len(owners) + pool.num_free == pool.num_blocks
+        for holders in owners.values():
+            ends = {(index + 1) * pool.block_size for _, index in holders}
+            contents = {tuple(sequence.tokens[: max(ends)]) for sequence, _ in holders}
+            assert len(ends) == len(contents) == 1, "only the same beginning is shared"
+            public = all(sequence.public_len >= max(ends) for sequence, _ in holders)
+            assert public or len({sequence.tenant for sequence, _ in holders}) == 1, "and only within a tenant"
         for sequence in self.sequences.values():
             if sequence.state is not State.RUNNING:
                 assert sequence.blocks == []

@@ -1,0 +1,198 @@
+"""The running batch: who runs, in which slot, on which blocks, and the step in the making."""
+
+from dataclasses import dataclass, field
+
+from protocol.plan import Admission, Row
+from scheduler.core.blocks import BlockPool
+from scheduler.core.fairness import FairQueue
+from scheduler.core.sequence import Sequence, State
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``max_running`` sequences at once; ``max_batch_tokens`` computed per step; ``max_model_len`` tokens in a sequence."""
+
+    max_running: int
+    max_batch_tokens: int
+    max_model_len: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_running <= self.max_batch_tokens:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_running ({self.max_running}) >= 1, "
+                "so that no decode is ever left out"
+            )
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals. ``late_tokens`` were sampled for sequences that had ended meanwhile and were dropped; ``cached_tokens``
+    were found in the prefix cache, by whoever was admitted."""
+
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    late_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Draft:
+    """A step in the making, then in flight. ``members`` and ``samplers``: whose each row is, whose each sampled token will be.
+
+    ``filled``: once the step has passed, so many positions of a sequence are computed, if it still holds these blocks.
+    ``started``: who runs for the first time.
+    """
+
+    step: int
+    budget: int
+    admissions: list[Admission] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    members: list[Sequence] = field(default_factory=list)
+    samplers: list[Sequence] = field(default_factory=list)
+    filled: list[tuple[Sequence, list[int], int]] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)
+
+
+_NONE: list[int] = []
+
+
+class Batch:
+    """What policies act on. ``running`` holds who runs, the oldest first: who is ``decoding`` has one token to compute in the
+    next step, who is ``prefilling`` may have more. ``draft`` is the step in the making."""
+
+    def __init__(self, limits: Limits, pool: BlockPool, queue: FairQueue) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.queue = queue
+        self.counters = Counters()
+        self.running: dict[str, Sequence] = {}
+        self.decoding: dict[str, Sequence] = {}
+        self.prefilling: dict[str, Sequence] = {}
+        self._free_slots = list(range(limits.max_running - 1, -1, -1))
+        self.begin(0)
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def begin(self, step: int) -> Draft:
+        """Start a new draft."""
+        self.draft = Draft(step, self.limits.max_batch_tokens)
+        return self.draft
+
+    def fits(self, sequence: Sequence, tokens: int | None = None, *, freed: int = 0, slots: int = 0) -> bool:
+        """Whether a waiting sequence can be admitted with blocks for ``tokens``, by default those it has; ``freed`` blocks and
+        ``slots`` more would be there. What the prefix cache would save isn't counted."""
+        needed = self.pool.blocks_for(len(sequence.tokens) if tokens is None else tokens)
+        # One block is left for each running sequence, else the newcomer would soon preempt or be preempted.
+        spare = self.pool.num_free + freed - len(self.running) + slots
+        return bool(len(self._free_slots) + slots and not sequence.unseen and needed <= spare)
+
+    def admit(self, sequence: Sequence, tokens: int | None = None) -> None:
+        """Give a waiting sequence a slot, and blocks for ``tokens``, by default those it has. Raises OutOfBlocks."""
+        self.pool.reuse(sequence)
+        needed = self.pool.blocks_for(len(sequence.tokens) if tokens is None else tokens)
+        self.pool.grow(sequence, needed - len(sequence.blocks))
+        self.counters.cached_tokens += sequence.computed
+        if not sequence.charged:
+            sequence.cached = min(sequence.computed, sequence.prompt_len)
+            self.draft.started.append(sequence)
+        self.queue.admit(sequence)
+        sequence.state = State.RUNNING
+        sequence.slot = self._free_slots.pop()
+        self.running[sequence.id] = self.prefilling[sequence.id] = sequence
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Its blocks are freed; its tokens are kept and computed again later."""
+        self.counters.preemptions += 1
+        self.counters.recomputed_tokens += sequence.computed
+        self._take_out(sequence)
+        sequence.state = State.WAITING
+        self.queue.put_back(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """It has ended, or is to."""
+        self._take_out(sequence)
+        self.queue.leave(sequence)
+
+    def shortage(self) -> int:
+        """How many blocks the decodes of the next step lack."""
+        free = self.pool.num_free
+        if free >= len(self.decoding):
+            return 0
+        return sum(1 for sequence in self.decoding.values() if _needs_block(sequence)) - free
+
+    def decode(self, sequences: list[Sequence] | None = None) -> None:
+        """Give all that decode, or those named, their one token. Raises OutOfBlocks when there was a ``shortage``."""
+        draft = self.draft
+        rows, members, samplers = draft.rows.append, draft.members.append, draft.samplers.append
+        for sequence in self.decoding.values() if sequences is None else sequences:
+            position = sequence.computed
+            if position + 1 >= sequence.end_len:
+                continue
+            if position == sequence.room or not sequence.slot_has_last_token:
+                self._decode_anew(sequence)
+                continue
+            sequence.computed = position + 1
+            sequence.unseen += 1
+            rows(Row(sequence.slot, position, 1, _NONE, _NONE, True))
+            members(sequence)
+            samplers(sequence)
+        draft.budget = self.limits.max_batch_tokens - len(draft.rows)
+
+    def prefill(self, sequence: Sequence, length: int) -> None:
+        """Compute ``length`` more of its tokens; with the last one it decodes from then on."""
+        self._add_row(sequence, length)
+        if sequence.computed == len(sequence.tokens):
+            self.decoding[sequence.id] = self.prefilling.pop(sequence.id)
+
+    def retract(self, draft: Draft) -> None:
+        """Undo a step in flight; the blocks stay with their owners. What the worker took in of it is anyone's guess."""
+        for sequence in draft.samplers:
+            sequence.unseen -= 1
+        for sequence, row in zip(draft.members, draft.rows, strict=True):
+            if sequence.state is State.RUNNING:
+                sequence.computed = row.start
+                sequence.untell()
+                if sequence.uncomputed > 1:
+                    self.prefilling[sequence.id] = sequence
+                    self.decoding.pop(sequence.id, None)
+
+    def _decode_anew(self, sequence: Sequence) -> None:
+        """The step of a decode that the worker must be told more of than its slot."""
+        if sequence.computed == sequence.room:
+            self.pool.grow(sequence, 1)
+        self._add_row(sequence, 1)
+
+    def _add_row(self, sequence: Sequence, length: int) -> None:
+        draft = self.draft
+        if not sequence.told:
+            sequence.told = True
+            draft.admissions.append(Admission(sequence.slot, sequence.sampling))
+        start = sequence.computed
+        known = _NONE if sequence.slot_has_last_token else sequence.tokens[start : start + length]
+        sequence.computed += length
+        samples = sequence.computed == len(sequence.tokens) + sequence.unseen
+        new_blocks = sequence.blocks[sequence.sent_blocks :]
+        sequence.sent_blocks = len(sequence.blocks)
+        draft.rows.append(Row(sequence.slot, start, length, known, new_blocks, samples))
+        draft.members.append(sequence)
+        draft.budget -= length
+        draft.filled.append((sequence, sequence.blocks, sequence.computed))
+        if samples:
+            draft.samplers.append(sequence)
+            sequence.unseen += 1
+            sequence.slot_has_last_token = True
+
+    def _take_out(self, sequence: Sequence) -> None:
+        del self.running[sequence.id]
+        self.decoding.pop(sequence.id, None)
+        self.prefilling.pop(sequence.id, None)
+        self.pool.free(sequence.blocks)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+        sequence.release()
+
+
+def _needs_block(sequence: Sequence) -> bool:
+    return sequence.computed == sequence.room and sequence.computed + 1 < sequence.end_len
