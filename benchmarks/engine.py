@@ -29,18 +29,21 @@ class EngineFigures(msgspec.Struct, frozen=True):
     token_ids: dict[str, list[int]]
 
 
-async def run(workload: Workload, worker: WorkerConfig, trace: Path | None = None) -> EngineFigures:
-    """One run on a fresh worker. ``trace``: where to write a JSON line for each step."""
+async def run(workload: Workload, worker: WorkerConfig) -> EngineFigures:
+    """One run on a fresh worker."""
+    figures, _ = await record(workload, worker)
+    return figures
+
+
+async def record(workload: Workload, worker: WorkerConfig) -> tuple[EngineFigures, list[StepReport]]:
+    """One run on a fresh worker, and its steps."""
     reports: list[StepReport] = []
     async with Engine(worker) as engine:
         loop = asyncio.create_task(engine.run(), name="loop")
         try:
-            figures = await _measure(workload, engine, reports)
+            return await _measure(workload, engine, reports), reports
         finally:
             loop.cancel()
-    if trace is not None:
-        trace.write_bytes(msgspec.json.Encoder().encode_lines([_traced(report) for report in reports]))
-    return figures
 
 
 async def _measure(workload: Workload, engine: Engine, reports: list[StepReport]) -> EngineFigures:
@@ -85,7 +88,9 @@ def _traced(report: StepReport) -> TracedStep:
 @click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Write a JSON line for each step here.")
 def main(file: Path, model: str, max_running: int, max_batch_tokens: int, as_json: bool, trace: Path | None) -> None:
     """Run a workload through the engine alone."""
-    figures = asyncio.run(run(load(file), config(model, max_running, max_batch_tokens).worker(), trace))
+    figures, reports = asyncio.run(record(load(file), config(model, max_running, max_batch_tokens).worker()))
+    if trace is not None:
+        trace.write_bytes(msgspec.json.Encoder().encode_lines([_traced(report) for report in reports]))
     cli.show(figures, as_json, hidden=("token_ids",))
 
 

@@ -96,9 +96,10 @@ class FairQueue:
         """Service units so far, divided by the tenant's weight."""
         return self._tenant(tenant).served
 
-    def backlogged(self) -> Iterator[str]:
-        """The tenants that have something waiting."""
-        return (tenant.name for tenant in self._tenants.values() if tenant.waiting)
+    def waits(self, tenant: str) -> bool:
+        """Whether it has something waiting."""
+        found = self._tenants.get(tenant)
+        return found is not None and bool(found.waiting)
 
     def push(self, sequence: Sequence) -> None:
         """A new sequence waits."""

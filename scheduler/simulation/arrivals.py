@@ -1,9 +1,9 @@
-"""What comes when: one request of one tenant, and what can be done to a stream of them. All streams are lazy and in time order."""
+"""What comes when: one request of one tenant, and what can be done to a stream of them; lazily, in time order."""
 
 import heapq
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate, islice
+from itertools import accumulate
 from random import Random
 from typing import NamedTuple
 
@@ -58,11 +58,6 @@ def zipf(count: int, exponent: float, random: Random) -> Callable[[], str]:
 def merge(*streams: Iterator[Arrival]) -> Iterator[Arrival]:
     """All of them, in time order; at the same time in the order given."""
     return heapq.merge(*streams, key=lambda arrival: arrival.at)
-
-
-def first(arrivals: Iterator[Arrival], count: int | None) -> Iterator[Arrival]:
-    """The first ``count``, or all."""
-    return islice(arrivals, count)
 
 
 def _names(count: int) -> list[str]:

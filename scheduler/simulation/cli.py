@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from scheduler.core import policies
+from scheduler.core.policies import PolicyName
 from scheduler.simulation import fit as fitting
 from scheduler.simulation import picture, tables
 from scheduler.simulation.cost import CostError
@@ -21,8 +22,11 @@ from scheduler.simulation.scenario import Scenario, ScenarioError
 from scheduler.simulation.suites import SUITES, SuiteFigures, run_suite
 from scheduler.simulation.trace import TraceError
 
-_ERRORS = (CostError, PictureError, ScenarioError, Stuck, TraceError, OSError)
+_ERRORS = (msgspec.ValidationError, CostError, PictureError, ScenarioError, Stuck, TraceError, OSError)
 _FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+_Runs = dict[str, Sequence[Outcome]]
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -32,17 +36,31 @@ class Comparison(msgspec.Struct, frozen=True):
     throughput_over_static: dict[str, float]
 
 
+_Shown = Figures | Comparison | list[SuiteFigures]
+
 _REQUESTS = (
-    click.option("--trace", type=_FILE, help="CSV of TIMESTAMP,ContextTokens,GeneratedTokens instead of made-up requests."),
+    click.option(
+        "--trace", type=_FILE, help="CSV of TIMESTAMP,ContextTokens,GeneratedTokens instead of made-up requests."
+    ),
     click.option("--speed", default=1.0, show_default=True, help="Replay a trace so many times as fast."),
     click.option("--repeat", default=1, show_default=True, help="Replay a trace so many times over."),
     click.option("--requests", type=int, help="Only the first so many.  [default: all of a trace, else 1000]"),
     click.option("--pattern", default="poisson", show_default=True, type=click.Choice(["poisson", "constant"])),
-    click.option("--rate", default="1", show_default=True, help="Requests/s; 2,0: on and off; 1,4,2: one after the other."),
+    click.option(
+        "--rate", default="1", show_default=True, help="Requests/s; 2,0: on and off; 1,4,2: one after the other."
+    ),
     click.option("--period", default=60.0, show_default=True, help="Seconds that each of several rates lasts."),
-    click.option("--prompt-tokens", "prompt", default="128", show_default=True, help="Tokens: 128, 16-512, geometric:64, lognormal:128:0.8."),
+    click.option(
+        "--prompt-tokens",
+        "prompt",
+        default="128",
+        show_default=True,
+        help="Tokens: 128, 16-512, geometric:64, lognormal:128:0.8.",
+    ),
     click.option("--output-tokens", "output", default="64", show_default=True, help="Tokens, as for --prompt-tokens."),
-    click.option("--max-tokens", type=int, help="What requests ask for, should they stop earlier.  [default: what comes]"),
+    click.option(
+        "--max-tokens", type=int, help="What requests ask for, should they stop earlier.  [default: what comes]"
+    ),
     click.option("--prefix-tokens", default=0, show_default=True, help="Common to a tenant's prompts, and cached."),
     click.option("--tenants", default=1, show_default=True, help="They take turns, or see --zipf."),
     click.option("--zipf", type=float, help="Draw tenants, the k-th in proportion to k to the power of minus this."),
@@ -50,7 +68,9 @@ _REQUESTS = (
     click.option("--seed", default=0, show_default=True),
 )
 _MACHINE = (
-    click.option("--cost", default="smollm2-cpu", show_default=True, help="Cost model: a name, or a file that fit wrote."),
+    click.option(
+        "--cost", default="smollm2-cpu", show_default=True, help="Cost model: a name, or a file that fit wrote."
+    ),
     click.option("--max-running", default=64, show_default=True),
     click.option("--max-batch-tokens", default=256, show_default=True),
     click.option("--max-model-len", default=8192, show_default=True),
@@ -78,7 +98,8 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.pass_context
 def simulate(
     context: click.Context,
-    policy: str,
+    /,
+    policy: PolicyName,
     compare: bool,
     suite: str | None,
     as_json: bool,
@@ -90,6 +111,7 @@ def simulate(
     """The service's own batcher on a virtual clock: no worker, no broker, minutes in seconds."""
     if context.invoked_subcommand is not None:
         return
+    figures: _Shown
     try:
         scenario = msgspec.convert({**options, "weights": _weights(weights)}, Scenario)
         with _progress(quiet=as_json) as watch:
@@ -102,8 +124,6 @@ def simulate(
         _show(figures, as_json, file)
         if plot is not None:
             picture.draw(runs, plot)
-    except msgspec.ValidationError as error:
-        raise click.ClickException(str(error)) from None
     except _ERRORS as error:
         raise click.ClickException(str(error)) from None
 
@@ -126,10 +146,7 @@ def fit(traces: tuple[Path, ...], name: str, origin: str, file: Path | None) -> 
     Console().print(tables.of_model(model))
 
 
-_Runs = dict[str, Sequence[Outcome]]
-
-
-def _single(scenario: Scenario, policy: str, watch: Watch) -> tuple[Figures, _Runs]:
+def _single(scenario: Scenario, policy: PolicyName, watch: Watch) -> tuple[Figures, _Runs]:
     outcome = run(scenario.arrivals(), scenario.setup(policy), watch)
     return outcome.figures, {policy: [outcome]}
 
@@ -160,13 +177,17 @@ def _weights(assignments: tuple[str, ...]) -> dict[str, float]:
 @contextlib.contextmanager
 def _progress(*, quiet: bool) -> Iterator[Watch]:
     """On stderr."""
-    columns = (SpinnerColumn(), TextColumn("{task.completed:,} requests ended after {task.fields[now]:,.0f} s"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.completed:,} requests ended after {task.fields[now]:,.0f} s"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
         task = progress.add_task("", total=None, now=0.0)
         yield lambda ended, now: progress.update(task, completed=ended, now=now)
 
 
-def _show(figures: Figures | Comparison | list[SuiteFigures], as_json: bool, file: Path | None) -> None:
+def _show(figures: _Shown, as_json: bool, file: Path | None) -> None:
     if file is not None:
         file.write_text(_json(figures) + "\n")
     if as_json:
@@ -175,7 +196,7 @@ def _show(figures: Figures | Comparison | list[SuiteFigures], as_json: bool, fil
         Console().print(*_tables(figures))
 
 
-def _tables(figures: Figures | Comparison | list[SuiteFigures]) -> list[Any]:
+def _tables(figures: _Shown) -> list[Any]:
     match figures:
         case Figures():
             return list(tables.of_run(figures))

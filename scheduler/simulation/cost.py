@@ -1,13 +1,14 @@
 """How long a step takes: linear in what it computes and reads.
 
-``seconds = step_s + row_s * rows + token_s * tokens + context_s * context + attended_s * attended``, the whole iteration, from one
-plan to the next. ``tokens`` are mostly matrix products, ``context`` the reading of KV, ``attended`` the arithmetic of attention
-(protocol/plan.py says what is counted). A linear model knows no cliff: neither caches, nor kernels that like some sizes better.
+``seconds = step_s + row_s * rows + token_s * tokens + context_s * context + attended_s * attended``, for the whole iteration,
+from one plan to the next. ``tokens`` are mostly matrix products, ``context`` the reading of KV, ``attended`` the arithmetic of
+attention (protocol/plan.py says what is counted). A linear model knows no cliff: no caches, no sizes that a kernel likes better.
 """
 
 import msgspec
 
 from protocol.plan import Work
+
 
 class CostError(ValueError):
     """No such model, or a file that doesn't hold one; the text says which."""

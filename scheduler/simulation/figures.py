@@ -25,8 +25,8 @@ class Figures(msgspec.Struct, frozen=True):
     """``ttft_s``: from arrival to the first token; ``itl_s``: between two tokens of a request, within half a percent;
     ``e2e_s``: from arrival to the last token. ``requests`` came to their end; ``refused`` could never fit.
 
-    ``max_service_gap``: among the first ``service_gap_tenants`` tenants (gap.py); ``service_gap_bound``: what theory allows a fair
-    policy. ``kv_waste_ratio``: the share of the slots of allocated KV blocks, over time, that held no token.
+    ``max_service_gap``: among the first ``service_gap_tenants`` tenants (gap.py); ``service_gap_bound``: what theory allows a
+    fair policy. ``kv_waste_ratio``: the share of the slots of allocated KV blocks, over time, that held no token.
     """
 
     policy: str

@@ -20,7 +20,7 @@ Matrix = NDArray[np.float64]
 
 
 class TracedStep(msgspec.Struct, frozen=True):
-    """One line of a trace by ``tokenbus bench engine --trace FILE``. ``seconds``: the worker's; ``gap_s``: the iteration's others."""
+    """A line that ``tokenbus bench engine --trace FILE`` wrote; ``seconds``: the worker's; ``gap_s``: the iteration's rest."""
 
     work: Work
     prefill_tokens: int
@@ -44,7 +44,9 @@ def read(paths: Iterable[Path]) -> list[TracedStep]:
 def fit(steps: Sequence[TracedStep], *, name: str, origin: str) -> CostModel:
     """Fitted to four steps of five, judged by the others. Raises CostError when there are too few."""
     if len(steps) < 2 * _HELD_OUT * len(_TERMS):
-        raise CostError(f"{len(steps)} steps are too few to fit {len(_TERMS)} terms: {2 * _HELD_OUT * len(_TERMS)} at least")
+        raise CostError(
+            f"{len(steps)} steps are too few to fit {len(_TERMS)} terms: {2 * _HELD_OUT * len(_TERMS)} at least"
+        )
     terms = np.array([[1, *msgspec.structs.astuple(step.work)] for step in steps], dtype=float)
     seconds = np.array([step.seconds + step.gap_s for step in steps])
     held_out = np.arange(len(steps)) % _HELD_OUT == _HELD_OUT - 1

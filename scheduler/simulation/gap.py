@@ -25,16 +25,17 @@ class ServiceGap:
         self.widest = 0.0
         #: (seconds, how far apart the furthest pair has got since both of them wait)
         self.history: list[tuple[float, float]] = []
-        self._start(0)
+        self._both = np.zeros((0, 0), dtype=bool)
+        self._highest: Matrix = np.zeros((0, 0))
+        self._first: Matrix = np.zeros((0, 0))
 
     def watch(self, tenant: str) -> None:
         """Another tenant has come."""
         if len(self.tenants) < MOST_TENANTS:
             self.tenants.append(tenant)
-            known = self._both, self._highest, self._first
-            self._start(len(self.tenants))
-            for fresh, old in zip((self._both, self._highest, self._first), known, strict=True):
-                fresh[:-1, :-1] = old
+            self._both, self._highest, self._first = (
+                np.pad(matrix, (0, 1)) for matrix in (self._both, self._highest, self._first)
+            )
 
     def observe(self, now: float, served: Callable[[str], float], waits: Callable[[str], bool]) -> None:
         """Look at everybody. To be called whenever somebody was served, began to wait or stopped waiting."""
@@ -57,8 +58,3 @@ class ServiceGap:
     def _note(self, now: float, apart: float) -> None:
         if not self.history or now >= self.history[-1][0] + _NOTE_EVERY_S:
             self.history.append((now, apart))
-
-    def _start(self, count: int) -> None:
-        self._both = np.zeros((count, count), dtype=bool)
-        self._highest: Matrix = np.zeros((count, count))
-        self._first: Matrix = np.zeros((count, count))

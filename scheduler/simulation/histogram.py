@@ -37,6 +37,6 @@ class Histogram:
         return [_SHORTEST_S * (1 + RESOLUTION) ** (int(bucket) + 0.5) for bucket in np.searchsorted(totals, ranks)]
 
     def _of(self, row: int | None) -> NDArray[np.uint64]:
-        if row is None:
-            return self._counts.sum(axis=0, dtype=np.uint64)
-        return self._counts[row].astype(np.uint64) if row < len(self._counts) else np.zeros(1, dtype=np.uint64)
+        rows = self._counts if row is None else self._counts[row : row + 1]
+        totals: NDArray[np.uint64] = rows.sum(axis=0, dtype=np.uint64)
+        return totals

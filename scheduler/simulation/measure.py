@@ -1,4 +1,4 @@
-"""When each request came, began and ended, and how full the KV blocks were: a fixed number of bytes per request, none per token."""
+"""When each request came, began and ended, and how full the KV blocks were: some bytes per request, none per token."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -69,7 +69,7 @@ class Measure:
     def kv_waste_ratio(self) -> float:
         return 1 - self._stored_seconds / self._slot_seconds if self._slot_seconds else 0.0
 
-    def by_tenant(self) -> Iterator[tuple[str, int, Which]]:
+    def by_tenant(self) -> Iterator[tuple[str, int, NDArray[np.int64]]]:
         """Each tenant, its number, and which requests are its."""
         order = np.argsort(self._tenant[: self.requests], kind="stable")
         ends = np.cumsum(np.bincount(self._tenant[: self.requests], minlength=len(self.tenants)))

@@ -49,6 +49,8 @@ def load(name: str) -> CostModel:
     try:
         return msgspec.json.decode(path.read_bytes(), type=CostModel)
     except OSError as error:
-        raise CostError(f"no cost model {name!r} ({error.strerror}); there are {', '.join(names())}, or a file") from None
+        raise CostError(
+            f"no cost model {name!r} ({error.strerror}); there are {', '.join(names())}, or a file"
+        ) from None
     except msgspec.DecodeError as error:
         raise CostError(f"{path} holds no cost model: {error}") from None

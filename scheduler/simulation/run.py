@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 from protocol.plan import StepPlan
 from scheduler.core import policies
-from scheduler.core.batcher import Batcher, CapacityError, Limits
+from scheduler.core.batch import Limits
+from scheduler.core.batcher import Batcher, CapacityError
 from scheduler.core.blocks import BlockPool
 from scheduler.core.fairness import Price, service_gap_bound
+from scheduler.core.policies import PolicyName
 from scheduler.core.sequence import Sequence
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.cost import CostModel
@@ -30,7 +32,7 @@ class Stuck(RuntimeError):
 class Setup:
     """What is simulated. With ``prefix_tokens`` every prompt of a tenant begins with the same so many, and the cache is on."""
 
-    policy: str
+    policy: PolicyName
     cost: CostModel
     limits: Limits
     num_blocks: int

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Annotated, Literal
@@ -9,7 +10,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from scheduler.core.batcher import Limits
+from scheduler.core.batch import Limits
+from scheduler.core.policies import PolicyName
 from scheduler.simulation import arrivals, models, synthetic, trace
 from scheduler.simulation.arrivals import Arrival, Demand
 from scheduler.simulation.run import Setup
@@ -53,17 +55,17 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
         """Raises ScenarioError; while it is read, TraceError or OSError."""
         random = self._random("tenants")
         tenant = (
-            arrivals.round_robin(self.tenants)
-            if self.zipf is None
-            else arrivals.zipf(self.tenants, self.zipf, random)
+            arrivals.round_robin(self.tenants) if self.zipf is None else arrivals.zipf(self.tenants, self.zipf, random)
         )
+        most = self.requests
         if self.trace is None:
-            demands, most = self._made_up(), self.requests or _DEFAULT_REQUESTS
+            demands = self._made_up()
+            most = most or _DEFAULT_REQUESTS
         else:
-            demands, most = trace.read(self.trace, speed=self.speed, repeat=self.repeat), self.requests
-        return arrivals.first(arrivals.assign(demands, tenant, self.max_tokens), most)
+            demands = trace.read(self.trace, speed=self.speed, repeat=self.repeat)
+        return islice(arrivals.assign(demands, tenant, self.max_tokens), most)
 
-    def setup(self, policy: str) -> Setup:
+    def setup(self, policy: PolicyName) -> Setup:
         """Raises ScenarioError, CostError."""
         try:
             limits = Limits(self.max_running, self.max_batch_tokens, self.max_model_len)
@@ -105,5 +107,7 @@ def _rates(text: str) -> list[float]:
     except ValueError:
         rates = []
     if not any(rates) or not all(0 <= rate < math.inf for rate in rates):
-        raise ScenarioError(f"--rate {text} must be requests per second, such as 2.5, or several that follow each other: 2,0")
+        raise ScenarioError(
+            f"--rate {text} must be requests per second, such as 2.5, or several that follow each other: 2,0"
+        )
     return rates

@@ -12,7 +12,8 @@ from random import Random
 
 import msgspec
 
-from scheduler.core.batcher import Limits
+from scheduler.core.batch import Limits
+from scheduler.core.policies import PolicyName
 from scheduler.simulation import models
 from scheduler.simulation.arrivals import Arrival, merge
 from scheduler.simulation.figures import Figures, Percentiles
@@ -21,7 +22,7 @@ from scheduler.simulation.synthetic import constant, phases, poisson, shifting, 
 
 _MINUTE = 60.0
 _VICTIM = "victim"
-_BASELINE = "chunked"
+_POLICIES: tuple[PolicyName, ...] = ("fair", "chunked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class SuiteFigures(msgspec.Struct, frozen=True):
     fcfs: Figures
 
 
-def machine(policy: str, weights: Mapping[str, float]) -> Setup:
+def machine(policy: PolicyName, weights: Mapping[str, float]) -> Setup:
     return Setup(
         policy=policy,
         cost=models.load("a10g-llama-2-7b"),
@@ -69,13 +70,15 @@ def machine(policy: str, weights: Mapping[str, float]) -> Setup:
     )
 
 
-def run_suite(suite: Suite, seed: int, seconds: float | None = None, watch: Watch = lambda *_: None) -> tuple[SuiteFigures, list[Outcome]]:
+def run_suite(
+    suite: Suite, seed: int, seconds: float | None = None, watch: Watch = lambda *_: None
+) -> tuple[SuiteFigures, list[Outcome]]:
     """``seconds``: how long requests come, instead of the suite's own time. Then all of them are run to their ends."""
 
     def arrivals() -> Iterator[Arrival]:
         return suite.arrivals(Random(f"{seed} {suite.name}"), seconds or suite.seconds)  # noqa: S311 - nothing secret
 
-    outcomes = [run(arrivals(), machine(policy, suite.weights), watch) for policy in ("fair", _BASELINE)]
+    outcomes = [run(arrivals(), machine(policy, suite.weights), watch) for policy in _POLICIES]
     fair, fcfs = (outcome.figures for outcome in outcomes)
     first = None
     if suite.alone is not None:
@@ -94,7 +97,9 @@ def run_suite(suite: Suite, seed: int, seconds: float | None = None, watch: Watc
     ), outcomes
 
 
-def _client(name: str, times: Iterator[float], seconds: float, prompt: int = 256, output: int = 256) -> Iterator[Arrival]:
+def _client(
+    name: str, times: Iterator[float], seconds: float, prompt: int = 256, output: int = 256
+) -> Iterator[Arrival]:
     return (Arrival(at, name, prompt, output, output) for at in until(times, seconds))
 
 

@@ -39,7 +39,7 @@ def phases(parts: Iterable[tuple[float, Iterable[float]]]) -> Iterator[float]:
 
 
 def shifting(rates: Iterable[float], period: float, pattern: Callable[[float], Iterable[float]]) -> Iterator[float]:
-    """Each rate for ``period`` seconds, again and again; with a rate of 0 that is on and off. ``pattern``: the times for a rate."""
+    """Each rate for ``period`` seconds, again and again; a rate of 0 makes that on and off. ``pattern``: the times of a rate."""
     return phases((period, pattern(rate)) for rate in cycle(rates))
 
 
@@ -48,7 +48,7 @@ def demands(times: Iterable[float], prompt: Lengths, output: Lengths) -> Iterato
 
 
 def lengths(text: str, random: Random) -> Lengths:
-    """``256``; ``16-512``: uniform; ``geometric:64``: of that mean; ``lognormal:128:0.8``: of that mean, and sigma of its logarithm.
+    """``256``; ``16-512``: uniform; ``geometric:64``: of that mean; ``lognormal:128:0.8``: with the sigma of its logarithm.
 
     Raises ValueError.
     """

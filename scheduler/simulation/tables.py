@@ -49,7 +49,9 @@ def of_runs(runs: Sequence[Figures]) -> Table:
 
 def of_suites(suites: Iterable[SuiteFigures]) -> Table:
     """A line for each suite."""
-    table = Table("suite", "service gap", "bound", "gap of FCFS", "tokens/s of FCFS's", "victim's TTFT p99: alone, fair, FCFS")
+    table = Table(
+        "suite", "service gap", "bound", "gap of FCFS", "tokens/s of FCFS's", "victim's TTFT p99: alone, fair, FCFS"
+    )
     for suite in suites:
         first = suite.ttft_s
         table.add_row(
