@@ -182,7 +182,8 @@ def _progress(*, quiet: bool) -> Iterator[Watch]:
         TextColumn("{task.completed:,} requests ended after {task.fields[now]:,.0f} s"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("", total=None, now=0.0)
         yield lambda ended, now: progress.update(task, completed=ended, now=now)
 

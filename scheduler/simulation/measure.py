@@ -69,6 +69,11 @@ class Measure:
     def kv_waste_ratio(self) -> float:
         return 1 - self._stored_seconds / self._slot_seconds if self._slot_seconds else 0.0
 
+    def first_and_last(self, request: int) -> tuple[float, float]:
+        """Seconds from its arrival to its first and to its last token so far."""
+        arrived = self._arrived[request]
+        return float(self._first[request] - arrived), float(self._last[request] - arrived)
+
     def by_tenant(self) -> Iterator[tuple[str, int, NDArray[np.int64]]]:
         """Each tenant, its number, and which requests are its."""
         order = np.argsort(self._tenant[: self.requests], kind="stable")
