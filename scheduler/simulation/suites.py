@@ -1,8 +1,8 @@
 """The synthetic workloads of "Fairness in Serving Large Language Models" (Sheng et al., OSDI'24, section 5.2), and a flood.
 
 Rates, lengths and durations are those of the authors' artifact (github.com/Ying1123/VTC-artifact, fair_bench/exp_suite.py and
-trace.py), as is the KV cache of 10,000 tokens on an A10G with Llama-2-7B. Steps take what ``a10g-llama-2-7b`` says, which is
-about a quarter faster than theirs: what overloads their machine overloads this one too, by less. Our own choices: blocks of 16
+trace.py), as is the KV cache of 10,000 tokens on an A10G with Llama-2-7B. Steps take what ``a10g-llama-2-7b`` says, a little
+less than theirs took, so what overloads their machine overloads this one too, by less. Our own choices: blocks of 16
 tokens, 512 tokens in a step, 128 sequences at once, and chunked first-come-first-served where they compare with their own.
 """
 
