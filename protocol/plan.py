@@ -53,7 +53,7 @@ class Admission(msgspec.Struct, frozen=True, array_like=True):
     sampling: Sampling
 
 
-class Row(msgspec.Struct, frozen=True, array_like=True):
+class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One sequence's part of a step: positions ``start .. start + length - 1`` are computed.
 
     ``tokens`` holds their ids, or is empty when the only token is the one the worker sampled last for this slot.

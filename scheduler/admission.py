@@ -1,73 +1,122 @@
-"""Who may still send: bounds on what is outstanding, for each tenant and for all together."""
+"""Who may still send: quotas for each tenant, bounds for all together."""
 
-from collections import Counter
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from protocol.errors import Busy
+from scheduler.generation import context_exceeded
+from scheduler.journal.entry import Entry
+from scheduler.quotas import Account, Quota
 
 _SHORTEST_WAIT_MS, _LONGEST_WAIT_MS = 100, 60_000
 #: Weight of the newest interval between two ends in their moving average.
 _NEWEST = 0.1
+#: Accounts that are looked at for each new one: more than one, so that those to be forgotten get fewer.
+_LOOKED_AT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Accepted requests that haven't ended, per tenant and in all, and the prompt tokens they hold in memory."""
+    """Accepted requests that haven't ended, in all, and the prompt tokens they hold in memory; the quota of a tenant."""
 
-    per_tenant: int
     in_all: int
     prompt_tokens: int
+    quota: Callable[[str], Quota]
 
 
 class Admission:
-    """Counts outstanding requests. ``clock`` gives seconds."""
+    """Counts outstanding requests and what tenants use, in O(1) for each. ``clock`` gives seconds.
+
+    Accounts are in memory only: after a start their buckets are full. One with nothing to remember is forgotten when others come.
+    """
 
     def __init__(self, bounds: Bounds, clock: Callable[[], float]) -> None:
         self._bounds = bounds
         self._clock = clock
-        self._requests: Counter[str] = Counter()
+        self._accounts: OrderedDict[str, Account] = OrderedDict()
         self._tokens = 0
         self._last_end = 0.0
         self._interval_s = 1.0
+        self.outstanding = 0
 
-    @property
-    def outstanding(self) -> int:
-        return self._requests.total()
+    def rebound(self, bounds: Bounds) -> None:
+        """From now on these bounds hold; what is outstanding or used up remains so."""
+        self._bounds = bounds
+        now = self._clock()
+        self._accounts = OrderedDict(
+            (tenant, account.under(bounds.quota(tenant), now)) for tenant, account in self._accounts.items()
+        )
 
-    def enter(self, tenant: str, tokens: int, *, journal_full: bool = False) -> None:
-        """Take a place for a prompt of this many tokens. Raises Busy when there is none."""
-        bounds = self._bounds
-        if self._requests[tenant] >= bounds.per_tenant:
-            detail = f"{bounds.per_tenant} requests of yours are outstanding, which is the limit"
+    def enter(self, entry: Entry, *, journal_full: bool = False) -> None:
+        """Take a place and pay for it from the tenant's quota. Raises Busy for now, BadRequest for good."""
+        bounds, now = self._bounds, self._clock()
+        account, tokens = self._account(entry.tenant), len(entry.prompt)
+        _check_context(entry, account.quota)
+        account.check(tokens, now)
+        if account.outstanding >= account.quota.outstanding:
+            detail = f"{account.quota.outstanding} requests of yours are outstanding, which is the limit"
             raise Busy("rate_limited", detail, self._wait_ms())
         if journal_full or self.outstanding >= bounds.in_all:
             raise Busy("overloaded", "too many requests are waiting", self._wait_ms())
         if self._tokens and self._tokens + tokens > bounds.prompt_tokens:
             raise Busy("overloaded", "too many prompt tokens are waiting", self._wait_ms())
-        self.enter_anyway(tenant, tokens)
+        self.enter_anyway(entry)
+        account.pay(tokens, now)
 
-    def enter_anyway(self, tenant: str, tokens: int) -> None:
-        """Take a place for a request that was accepted before."""
-        if not self._requests:
+    def enter_anyway(self, entry: Entry) -> None:
+        """Take a place for a request that was accepted, and paid for, before."""
+        if not self.outstanding:
             self._last_end = self._clock()  # having had nothing to do says nothing of the pace
-        self._requests[tenant] += 1
-        self._tokens += tokens
+        self.outstanding += 1
+        self._account(entry.tenant).outstanding += 1
+        self._tokens += len(entry.prompt)
 
-    def leave(self, tenant: str, tokens: int) -> None:
+    def generated(self, entry: Entry) -> None:
+        """A token of a request that has a place came out."""
+        self._accounts[entry.tenant].pay_tokens(1, self._clock())
+
+    def leave(self, entry: Entry) -> None:
         """A request has ended."""
-        self.release(tenant, tokens)
+        self.release(entry)
         now = self._clock()
         self._interval_s += _NEWEST * (now - self._last_end - self._interval_s)
         self._last_end = now
 
-    def release(self, tenant: str, tokens: int) -> None:
-        """A place was taken for what turned out not to need one."""
-        self._requests[tenant] -= 1
-        if not self._requests[tenant]:
-            del self._requests[tenant]
-        self._tokens -= tokens
+    def release(self, entry: Entry) -> None:
+        """A place was taken for what can't run."""
+        self.outstanding -= 1
+        self._accounts[entry.tenant].outstanding -= 1
+        self._tokens -= len(entry.prompt)
+
+    def undo(self, entry: Entry) -> None:
+        """A place was taken, and paid for, by ``enter`` for what turned out not to need one."""
+        self.release(entry)
+        self._accounts[entry.tenant].refund(len(entry.prompt))
+
+    def _account(self, tenant: str) -> Account:
+        account = self._accounts.get(tenant)
+        if account is None:
+            self._forget_some()
+            account = self._accounts[tenant] = Account(self._bounds.quota(tenant))
+        return account
+
+    def _forget_some(self) -> None:
+        now = self._clock()
+        for _ in range(min(_LOOKED_AT, len(self._accounts))):
+            tenant = next(iter(self._accounts))
+            if self._accounts[tenant].is_as_new(now):
+                del self._accounts[tenant]
+            else:
+                self._accounts.move_to_end(tenant)
 
     def _wait_ms(self) -> int:
         """One place becomes free about every mean interval between two ends."""
         return min(max(round(1000 * self._interval_s), _SHORTEST_WAIT_MS), _LONGEST_WAIT_MS)
+
+
+def _check_context(entry: Entry, quota: Quota) -> None:
+    """Raises BadRequest for a request with more context than its tenant may have."""
+    most, request = quota.max_context, entry.request
+    if most is not None and len(entry.prompt) + (request.output_limit or 0) > most:
+        raise context_exceeded(request, entry.prompt, f"your limit of {most} tokens")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from scheduler.mqtt.broker import BrokerFailed, BrokerNotFound
 from scheduler.simulation.cli import simulate
 from scheduler.worker import WorkerDied, WorkerRefused
 
+logger = logging.getLogger(__name__)
+
 #: What keeps a service from starting, told without a traceback.
 _STARTING = (
     ConfigError,
@@ -42,15 +45,23 @@ _UNANSWERED = 3
 _BENCHMARKS = ("engine", "serve", "accept", "ladder", "attention", "contention", "slow_reader")
 
 
-def _settings(context: click.Context, file: Path | None, assignments: tuple[str, ...]) -> Config:
+#: Reads the settings anew, from where they came at first. Raises ConfigError.
+Read = Callable[[], Config]
+
+
+def _reader(context: click.Context, file: Path | None, assignments: tuple[str, ...]) -> Read:
     flags = {}
     for assignment in assignments:
         path, equals, value = assignment.partition("=")
         if not equals:
             raise click.BadParameter(f"{assignment!r} must look like engine.max_running=32", context)
         flags[path] = value
+    return lambda: configuration.load(file, os.environ, flags)
+
+
+def _settings(read: Read) -> Config:
     try:
-        return configuration.load(file, os.environ, flags)
+        return read()
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
 
@@ -75,28 +86,35 @@ def serve(context: click.Context, file: Path | None, assignments: tuple[str, ...
     """Serve a model until SIGTERM or Ctrl-C.
 
     The first signal drains: nothing new is taken up, what runs may finish for service.drain_s. A second one stops at once.
+    SIGHUP reads the settings again and takes over the tenants and the limits; a change of any other needs a restart.
     Exit status: 0 when every accepted request was answered, or it was stopped while starting; 3 when some are left in the
     journal for the next start; 1 when it couldn't start or go on; 2 for wrong usage.
     """
-    config = _settings(context, file, assignments)
+    read = _reader(context, file, assignments)
+    config = _settings(read)
     logs.configure(config.service.log_level)
     try:
-        unanswered = asyncio.run(_serve(config))
+        unanswered = asyncio.run(_serve(config, read))
     except* _STARTING as group:
         raise click.ClickException("; ".join(str(error) for error in group.exceptions)) from None
     context.exit(_UNANSWERED if unanswered else 0)
 
 
-async def _serve(config: Config) -> int:
+async def _serve(config: Config, read: Read) -> int:
     """Returns how many accepted requests are left unanswered."""
     left = 0
     serving = asyncio.current_task()
     assert serving is not None
     _on_signals(serving.cancel)  # while it starts there is nothing to drain
+    hung_up = asyncio.Event()  # nor anything to reload into, but the file may be newer than what was read
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
     with contextlib.suppress(asyncio.CancelledError):
         async with service.running(config) as running:
             told = asyncio.Semaphore(0)
             _on_signals(told.release)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, running, read)
+            if hung_up.is_set():
+                _reload(running, read)
             await told.acquire()
             await _drain(running, told)
             left = running.unanswered
@@ -106,6 +124,15 @@ async def _serve(config: Config) -> int:
 def _on_signals(act: Callable[[], object]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, act)
+
+
+def _reload(running: service.Service, read: Read) -> None:
+    try:
+        config = read()
+    except ConfigError as error:
+        logger.error("the settings were not reloaded, the old ones hold: %s", error)
+    else:
+        running.reload(config)
 
 
 async def _drain(running: service.Service, told: asyncio.Semaphore) -> None:
@@ -203,7 +230,7 @@ async def _submit(client: Client, request: Request, model: str, as_json: bool) -
 @click.pass_context
 def demo(context: click.Context, file: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
     """Three tenants chat with the demo model through an embedded broker; prints a summary."""
-    config = _settings(context, file, ("metrics.port=0", *assignments))
+    config = _settings(_reader(context, file, ("metrics.port=0", *assignments)))
     logs.configure("warning")
     try:
         asyncio.run(demonstration.run(config, Console(stderr=as_json), as_json=as_json))

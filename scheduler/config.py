@@ -12,6 +12,7 @@ from protocol import topics
 from protocol.plan import AttentionName, DtypeName, WorkerConfig
 from protocol.transport import BrokerAddress
 from scheduler.core.policies import PolicyName
+from scheduler.quotas import Quota
 
 ENV_PREFIX = "TOKENBUS_"
 EMBEDDED = "embedded"
@@ -20,6 +21,8 @@ OFF = "off"
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+RequestsPerSecond = Annotated[float, Meta(ge=1e-5, le=1e6)]
+TokensPerMinute = Annotated[int, Meta(ge=1, le=10**9)]
 
 
 class ConfigError(Exception):
@@ -96,17 +99,30 @@ class JournalConfig(Section, frozen=True):
 
 
 class LimitsConfig(Section, frozen=True):
-    """Accepted requests that haven't ended, per tenant and in all, and the prompt tokens they may hold in memory."""
+    """``outstanding``: accepted requests that haven't ended, in all, and the ``prompt_tokens`` they may hold in memory.
 
-    outstanding_per_tenant: Count = 1000
+    The others are the limits of each tenant whose own section doesn't say otherwise; absent: none.
+    """
+
     outstanding: Count = 10_000
     prompt_tokens: Count = 4_000_000
+    outstanding_per_tenant: Count = 1000
+    requests_per_s: RequestsPerSecond | None = None
+    tokens_per_min: TokensPerMinute | None = None
+    max_context: Count | None = None
 
 
 class TenantConfig(Section, frozen=True):
-    """One tenant, in the file's section ``[tenants.NAME]``: a tenant of weight 2 gets twice the service of one of weight 1."""
+    """One tenant, in the file's section ``[tenants.NAME]``: a tenant of weight 2 gets twice the service of one of weight 1.
+
+    Its limits, where absent, are those of ``[limits]``.
+    """
 
     weight: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    outstanding: Count | None = None
+    requests_per_s: RequestsPerSecond | None = None
+    tokens_per_min: TokensPerMinute | None = None
+    max_context: Count | None = None
 
 
 class ServiceConfig(Section, frozen=True):
@@ -140,6 +156,34 @@ class Config(Section, frozen=True):
     service: ServiceConfig = ServiceConfig()
     metrics: MetricsConfig = MetricsConfig()
     tenants: dict[str, TenantConfig] = {}
+
+    def quota(self, tenant: str) -> Quota:
+        """The limits that hold for a tenant."""
+        limits, own = self.limits, self.tenants.get(tenant, TenantConfig())
+        return Quota(
+            outstanding=own.outstanding or limits.outstanding_per_tenant,
+            requests_per_s=own.requests_per_s or limits.requests_per_s,
+            tokens_per_min=own.tokens_per_min or limits.tokens_per_min,
+            max_context=own.max_context or limits.max_context,
+        )
+
+    def weights(self) -> dict[str, float]:
+        """The weights of the tenants that are named."""
+        return {name: tenant.weight for name, tenant in self.tenants.items()}
+
+    def reloaded(self, new: "Config") -> "Config":
+        """This one with what may change while the service runs: tenants and limits."""
+        return msgspec.structs.replace(self, tenants=new.tenants, limits=new.limits)
+
+    def differences(self, other: "Config") -> list[str]:
+        """The settings outside the tenants table that differ, as ``section.key``."""
+        return [
+            f"{section}.{key}"
+            for section in self.__struct_fields__
+            if section != "tenants"
+            for key in getattr(self, section).__struct_fields__
+            if getattr(getattr(self, section), key) != getattr(getattr(other, section), key)
+        ]
 
     def worker(self) -> WorkerConfig:
         """What the worker process is told."""
@@ -205,7 +249,8 @@ def _read(file: Path | None) -> dict[str, Any]:
 
 def _check(config: Config) -> None:
     """What no single field can say."""
-    for field, name in (("model.alias", config.model.alias), ("service.replica", config.service.replica)):
+    tenants = ((f"tenants.{name}", name) for name in config.tenants)
+    for field, name in (("model.alias", config.model.alias), ("service.replica", config.service.replica), *tenants):
         if not topics.is_name(name):
             raise ConfigError(f"{field}: must be {topics.NAME_RULE}")
     _check_broker(config.broker)

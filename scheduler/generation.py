@@ -25,12 +25,15 @@ def check_fits(request: Request, prompt: list[int], info: WorkerInfo) -> None:
     room = info.max_model_len - len(prompt)
     wanted = request.output_limit
     if room < 1 or (wanted is not None and wanted > room):
-        asked = f"{len(prompt)} prompt tokens" + ("" if wanted is None else f" and max_tokens = {wanted}")
-        raise BadRequest(
-            "messages" if request.is_chat else "prompt",
-            f"{asked} are over the context of {info.max_model_len} tokens",
-            "context_length_exceeded",
-        )
+        raise context_exceeded(request, prompt, f"the context of {info.max_model_len} tokens")
+
+
+def context_exceeded(request: Request, prompt: list[int], limit: str) -> BadRequest:
+    """What a request with a prompt over this limit, or with the tokens it asks for, is refused with."""
+    wanted = request.output_limit
+    asked = f"{len(prompt)} prompt tokens" + ("" if wanted is None else f" and max_tokens = {wanted}")
+    field = "messages" if request.is_chat else "prompt"
+    return BadRequest(field, f"{asked} are over {limit}", "context_length_exceeded")
 
 
 def sequence_for(entry: Entry, info: WorkerInfo) -> Sequence:

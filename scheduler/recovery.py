@@ -63,7 +63,7 @@ class Recovery:
         return sequence
 
     def _begin(self, entry: Entry) -> None:
-        self.admission.enter_anyway(entry.tenant, len(entry.prompt))
+        self.admission.enter_anyway(entry)
         self.egress.begin(entry)
 
     def _quarantine(self, entry: Entry) -> None:

@@ -80,6 +80,16 @@ class Service:
                 await self.egress.wait_empty()
                 await self.delivery.wait_empty()
 
+    def reload(self, config: Config) -> None:
+        """Take over the tenants and limits of another configuration, for what is accepted and admitted from now on."""
+        new = self.config.reloaded(config)
+        for setting in new.differences(config):
+            logger.warning("%s was changed: that needs a restart", setting)
+        self.config = new
+        self.admission.rebound(_bounds(new))
+        self.engine.batcher.queue.reweigh(new.weights())
+        logger.info("tenants and limits were reloaded", extra={"tenants": len(new.tenants)})
+
     async def publish_status(self, status: replies.Status) -> None:
         topic = topics.status(self.config.service.replica)
         await self.transport.publish(topic, replies.encode(status), retain=True)
@@ -146,7 +156,7 @@ async def running(config: Config) -> AsyncIterator[Service]:
 async def _start(config: Config, data_dir: Path, broker_url: str, stack: contextlib.AsyncExitStack) -> Service:
     """Everything, from the worker outwards; the journal before the transport, for whose file it is, its session it is."""
     metrics = Metrics()
-    policy = policies.create(config.engine.policy, {name: tenant.weight for name, tenant in config.tenants.items()})
+    policy = policies.create(config.engine.policy, config.weights())
     engine = Engine(config.worker(), _patience(config), policy, prefix_cache=config.engine.prefix_cache)
     health = Health()
     http = HttpServer(
@@ -164,9 +174,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     transport = await stack.enter_async_context(_transport(config, data_dir, broker_url))
     # Replies outlive the loops: should one of those fail for good, what has ended still reaches its tenant.
     tasks = await stack.enter_async_context(asyncio.TaskGroup())
-    limits = config.limits
-    bounds = Bounds(limits.outstanding_per_tenant, limits.outstanding, limits.prompt_tokens)
-    admission = Admission(bounds, engine.now)
+    admission = Admission(_bounds(config), engine.now)
     delivery = Delivery(transport, journal, tasks)
     egress = Egress(delivery, journal, engine, text, admission, metrics, config.service.flush_ms / 1000)
     reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
@@ -236,6 +244,10 @@ async def _take_in(service: Service, recovery: Recovery) -> None:
     await service.publish_status(online)
     logger.info("serving %s at %s, metrics at %s", model, service.broker_url, service.metrics_url)
     await service.ingress.run()
+
+
+def _bounds(config: Config) -> Bounds:
+    return Bounds(config.limits.outstanding, config.limits.prompt_tokens, config.quota)
 
 
 def _patience(config: Config) -> Patience:

@@ -7,6 +7,7 @@ import click
 import pytest
 
 from scheduler.cli import main
+from scheduler.config import TenantConfig, load
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -40,3 +41,16 @@ def test_commands_and_their_options_exist(page):
         }
         if words[1] != "bench":
             assert {word for word in words if word.startswith("--")} <= known, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_configurations_can_be_loaded(page, tmp_path):
+    for block in re.findall(r"^```toml\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+        file = tmp_path / "tokenbus.toml"
+        file.write_text(block)
+        load(file)
+
+
+def test_every_setting_of_a_tenant_is_explained():
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/tenants.md").read_text(), flags=re.MULTILINE)
+    assert rows == list(TenantConfig.__struct_fields__)

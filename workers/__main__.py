@@ -22,8 +22,9 @@ def main() -> None:
     # Libraries print; frames must not be mixed with that, so they get the pipe and everybody else gets stderr.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    # Ctrl-C reaches the whole process group; the scheduler decides when we stop, by closing our stdin.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and SIGHUP reach the whole process group; the scheduler decides when we stop, by closing our stdin.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     serve(sys.stdin.buffer, replies)
 

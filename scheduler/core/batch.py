@@ -125,19 +125,17 @@ class Batch:
     def decode(self, sequences: list[Sequence] | None = None) -> None:
         """Give all that decode, or those named, their one token. Raises OutOfBlocks when there was a ``shortage``."""
         draft = self.draft
-        rows, members, samplers = draft.rows.append, draft.members.append, draft.samplers.append
+        rows, members = draft.rows.append, draft.members.append
         for sequence in self.decoding.values() if sequences is None else sequences:
             position = sequence.computed
-            if position + 1 >= sequence.end_len:
-                continue
-            if position == sequence.room or not sequence.slot_has_last_token:
-                self._decode_anew(sequence)
+            if position >= sequence.smooth_until:
+                self._decode_unsmooth(sequence)
                 continue
             sequence.computed = position + 1
             sequence.unseen += 1
             rows(Row(sequence.slot, position, 1, _NONE, _NONE, True))
             members(sequence)
-            samplers(sequence)
+        draft.samplers = draft.members.copy()
         draft.budget = self.limits.max_batch_tokens - len(draft.rows)
 
     def prefill(self, sequence: Sequence, length: int) -> None:
@@ -158,11 +156,12 @@ class Batch:
                     self.prefilling[sequence.id] = sequence
                     self.decoding.pop(sequence.id, None)
 
-    def _decode_anew(self, sequence: Sequence) -> None:
-        """The step of a decode that the worker must be told more of than its slot."""
-        if sequence.computed == sequence.room:
-            self.pool.grow(sequence, 1)
-        self._add_row(sequence, 1)
+    def _decode_unsmooth(self, sequence: Sequence) -> None:
+        """A decode that has all its tokens planned, lacks a block, or that the worker must be told more of than its slot."""
+        if sequence.computed + 1 < sequence.end_len:
+            if sequence.computed == sequence.room:
+                self.pool.grow(sequence, 1)
+            self._add_row(sequence, 1)
 
     def _add_row(self, sequence: Sequence, length: int) -> None:
         draft = self.draft
@@ -183,6 +182,7 @@ class Batch:
             draft.samplers.append(sequence)
             sequence.unseen += 1
             sequence.slot_has_last_token = True
+            sequence.smooth_until = min(sequence.room, sequence.end_len - 1)
 
     def _take_out(self, sequence: Sequence) -> None:
         del self.running[sequence.id]

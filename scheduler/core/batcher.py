@@ -188,7 +188,7 @@ class Batcher:
         self._failing &= self._sequences.keys()
 
     def _accept(self, passed: Draft, tokens: list[int]) -> list[TokenEvent]:
-        events = []
+        events: list[TokenEvent] = []
         delivered: dict[str, int] = {}
         ended = State.ENDED
         for sequence, token in zip(passed.samplers, tokens, strict=True):
@@ -203,8 +203,7 @@ class Batcher:
                 finish = sequence.finish_reason(token)
                 self._finish(sequence)
             events.append(TokenEvent(sequence.id, token, finish))
-        for tenant, count in delivered.items():
-            self.queue.charge_output(tenant, count)
+        self.queue.charge_output(delivered)
         return events
 
     def _finish(self, sequence: Sequence) -> None:

@@ -158,9 +158,10 @@ class FairQueue:
         """It ran and has ended."""
         self._tenant(sequence.tenant).running -= 1
 
-    def charge_output(self, tenant: str, tokens: int) -> None:
-        """So many tokens of it came out."""
-        self._charge(self._tenant(tenant), self.price.output * tokens)
+    def charge_output(self, tokens: Mapping[str, int]) -> None:
+        """So many tokens of each tenant came out."""
+        for name, count in tokens.items():
+            self._charge(self._tenant(name), self.price.output * count)
 
     def _charge(self, tenant: _Tenant, units: float) -> None:
         share = units / tenant.weight

@@ -23,8 +23,8 @@ class Sequence:
 
     ``computed`` counts the leading positions whose KV is computed or planned; ``unseen`` the tokens a planned step will
     sample (0 or 1 with one step in flight at a time, up to one more per step planned ahead). ``room``: tokens that its blocks
-    hold. ``failures`` counts the steps with it that failed, since one passed. ``output`` given at the start was generated
-    before, by another process.
+    hold. Up to position ``smooth_until`` the worker needs no news for a decode. ``failures`` counts the steps with it that
+    failed, since one passed. ``output`` given at the start was generated before, by another process.
 
     Within a tenant a higher ``priority`` goes first, then the earlier ``deadline`` (on any clock that all share), then the
     smaller ``number``, which its queue gives it. ``charged``: its prompt has been, to its tenant; ``cached`` tokens of it were
@@ -52,6 +52,7 @@ class Sequence:
         "sent_blocks",
         "slot",
         "slot_has_last_token",
+        "smooth_until",
         "state",
         "stop_ids",
         "tenant",
@@ -128,6 +129,7 @@ class Sequence:
         self.told = False
         self.sent_blocks = 0
         self.slot_has_last_token = False
+        self.smooth_until = 0
 
     @property
     def output(self) -> list[int]:

@@ -60,7 +60,7 @@ class Egress:
             generation = Generation.of(entry, self._text, self._engine.now() - max(time.time() - entry.accepted_at, 0))
             self._engine.submit(sequence)
         except RequestError as error:
-            self._admission.release(entry.tenant, len(entry.prompt))
+            self._admission.release(entry)
             self.abandon(entry, error.body)
             return
         self._generations[entry.id] = generation
@@ -175,6 +175,7 @@ class Egress:
             self._metrics.itl.observe(at - generation.last_token_at)
         elif generation.completion_tokens == 0:  # else an earlier process gave the first one
             self._metrics.ttft.observe(at - generation.accepted_at)
+        self._admission.generated(generation.entry)
         reason = generation.push(token, at, finish)
         if reason is None:
             self._dirty.add(generation.entry.id)
@@ -203,7 +204,7 @@ class Egress:
         entry = generation.entry
         del self._generations[entry.id]
         self._dirty.discard(entry.id)
-        self._admission.leave(entry.tenant, len(entry.prompt))
+        self._admission.leave(entry)
         timings = generation.timings(self._engine.now())
         self._metrics.requests.labels(outcome).inc()
         self._metrics.e2e.observe(timings.total_s)

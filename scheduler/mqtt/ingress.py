@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from protocol import topics
-from protocol.errors import BadRequest, Busy, RequestError, ServiceError
+from protocol.errors import BadRequest, RequestError, ServiceError
 from protocol.plan import WorkerInfo
 from protocol.replies import Failed
 from protocol.request import Request, decode_request
@@ -198,7 +198,7 @@ class Ingress:
             elif (earlier := taken[index]) is not None:
                 await self._repeated(content, earlier)
                 if index not in refused:
-                    self._admission.release(content.tenant, len(content.prompt))
+                    self._admission.undo(content)
             elif index not in refused:
                 self._egress.begin(content)
             elif (error := refused[index]) is not None:
@@ -218,16 +218,16 @@ class Ingress:
             case None:
                 pass
 
-    def _refused(self, entries: dict[int, Entry]) -> dict[int, Busy | None]:
+    def _refused(self, entries: dict[int, Entry]) -> dict[int, RequestError | None]:
         """Those that may not be taken up now: with the reason, or to be held because we are draining."""
-        refused: dict[int, Busy | None] = {}
+        refused: dict[int, RequestError | None] = {}
         for index, entry in entries.items():
             try:
                 if self.draining:
                     refused[index] = None
                 else:
-                    self._admission.enter(entry.tenant, len(entry.prompt), journal_full=self._journal.full)
-            except Busy as error:
+                    self._admission.enter(entry, journal_full=self._journal.full)
+            except RequestError as error:
                 refused[index] = error
         return refused
 

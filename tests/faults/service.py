@@ -30,12 +30,14 @@ def free_port() -> int:
 
 
 class ServiceProcess:
-    """``tokenbus serve`` on a tiny model. What it logs is in ``log``."""
+    """``tokenbus serve`` on a tiny model. What it logs is in ``log``; ``config`` may hold more settings."""
 
     def __init__(self, folder: Path, model: Path, broker_url: str, *, fault: str | None = None, **settings: object):
         self.folder = folder
         self.log = folder / "service.log"
         self.journal = folder / "journal.sqlite3"
+        self.config = folder / "tokenbus.toml"
+        self.config.touch()
         self.http = f"http://127.0.0.1:{free_port()}"
         self._settings = {
             "model.alias": "tiny",
@@ -63,7 +65,7 @@ class ServiceProcess:
             await self.stop(signal.SIGKILL)
 
     async def start(self, *, wait: bool = True) -> None:
-        arguments = [f"--set={name}={value}" for name, value in self._settings.items()]
+        arguments = [f"--config={self.config}", *(f"--set={name}={value}" for name, value in self._settings.items())]
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "scheduler.cli", "serve", *arguments, stderr=log, env=self._environment
@@ -75,6 +77,11 @@ class ServiceProcess:
         """Send it a signal and wait for its end; returns the exit status."""
         self.process.send_signal(how)
         return await self.process.wait()
+
+    async def until_logged(self, text: str) -> None:
+        async with asyncio.timeout(30):
+            while text not in self.log.read_text():
+                await asyncio.sleep(0.02)
 
     @property
     def worker_pid(self) -> int:

@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import Busy
+from protocol.request import Request
 from scheduler.admission import Admission, Bounds
+from scheduler.journal.entry import Entry
+from scheduler.quotas import Quota
 
 
 class Clock:
@@ -18,65 +21,80 @@ class Clock:
         return self.now
 
 
-def admission(per_tenant: int = 2, in_all: int = 3, prompt_tokens: int = 100) -> Admission:
-    return Admission(Bounds(per_tenant, in_all, prompt_tokens), Clock())
+def request(tenant: str, tokens: int = 1) -> Entry:
+    """One with a prompt of this many tokens."""
+    return Entry(
+        id=f"{tenant}/r",
+        model="tiny",
+        request=Request(),
+        prompt=[5] * tokens,
+        seed=1,
+        accepted_at=1000.0,
+        listeners=[],
+    )
+
+
+def admission(
+    clock: Clock | None = None, *, per_tenant: int = 2, in_all: int = 3, prompt_tokens: int = 100
+) -> Admission:
+    return Admission(Bounds(in_all, prompt_tokens, lambda _: Quota(per_tenant)), clock or Clock())
 
 
 def refusal(asked: Admission, tenant: str = "late", tokens: int = 1, **named) -> Busy:
     before = asked.outstanding
     with pytest.raises(Busy) as caught:
-        asked.enter(tenant, tokens, **named)
+        asked.enter(request(tenant, tokens), **named)
     assert asked.outstanding == before
     return caught.value
 
 
 def test_a_tenant_is_held_to_its_own_bound():
     full = admission()
-    full.enter("alice", 1)
-    full.enter("alice", 1)
+    full.enter(request("alice", 1))
+    full.enter(request("alice", 1))
     assert refusal(full, "alice").code == "rate_limited"
-    full.enter("bob", 1)
-    full.leave("alice", 1)
-    full.enter("alice", 1)
+    full.enter(request("bob", 1))
+    full.leave(request("alice", 1))
+    full.enter(request("alice", 1))
 
 
 def test_all_together_are_held_to_theirs():
     full = admission()
     for tenant in ("alice", "bob", "carol"):
-        full.enter(tenant, 1)
+        full.enter(request(tenant, 1))
     assert refusal(full).code == "overloaded"
-    full.release("bob", 1)
-    full.enter("late", 1)
+    full.release(request("bob", 1))
+    full.enter(request("late", 1))
 
 
 def test_prompt_tokens_are_bounded_to_the_last_one():
     full = admission(prompt_tokens=100)
-    full.enter("alice", 60)
-    full.enter("bob", 40)
+    full.enter(request("alice", 60))
+    full.enter(request("bob", 40))
     assert refusal(full, tokens=1).code == "overloaded"
-    full.leave("bob", 40)
+    full.leave(request("bob", 40))
     assert refusal(full, tokens=41).code == "overloaded"
-    full.enter("late", 40)
+    full.enter(request("late", 40))
 
 
 def test_a_prompt_over_the_bound_may_run_alone():
     empty = admission(prompt_tokens=100)
-    empty.enter("alice", 5000)
+    empty.enter(request("alice", 5000))
     assert refusal(empty).code == "overloaded"
-    empty.leave("alice", 5000)
-    empty.enter("bob", 1)
+    empty.leave(request("alice", 5000))
+    empty.enter(request("bob", 1))
 
 
 def test_a_full_journal_lets_nobody_in():
     empty = admission()
     assert refusal(empty, journal_full=True).code == "overloaded"
-    empty.enter("alice", 1, journal_full=False)
+    empty.enter(request("alice", 1), journal_full=False)
 
 
 def test_what_was_accepted_before_is_let_in_over_every_bound_and_counts():
     taken = admission()
     for _ in range(5):
-        taken.enter_anyway("alice", 1000)
+        taken.enter_anyway(request("alice", 1000))
     assert taken.outstanding == 5
     assert refusal(taken, "alice").code == "rate_limited"
     assert refusal(taken, "bob").code == "overloaded"
@@ -87,16 +105,17 @@ requests = st.tuples(st.sampled_from(["alice", "bob", "carol"]), st.integers(1, 
 
 @given(
     moves=st.lists(
-        st.tuples(st.sampled_from(["enter", "enter", "enter_anyway", "leave", "release"]), requests), max_size=40
+        st.tuples(st.sampled_from(["enter", "enter", "enter_anyway", "leave", "release", "undo"]), requests),
+        max_size=40,
     )
 )
 def test_in_any_history_the_bounds_are_exact_and_places_balance(moves):
     counted = admission()
     inside: list[tuple[str, int]] = []
     for move, (tenant, tokens) in moves:
-        if move in ("leave", "release"):
+        if move in ("leave", "release", "undo"):
             if inside:
-                getattr(counted, move)(*inside.pop(tokens % len(inside)))
+                getattr(counted, move)(request(*inside.pop(tokens % len(inside))))
             continue
         held = sum(tokens for _, tokens in inside)
         fits = (
@@ -104,27 +123,27 @@ def test_in_any_history_the_bounds_are_exact_and_places_balance(moves):
         )
         admitted = False
         with suppress(Busy):
-            getattr(counted, move)(tenant, tokens)
+            getattr(counted, move)(request(tenant, tokens))
             admitted = True
         assert admitted == (fits or move == "enter_anyway")
         inside += [(tenant, tokens)] * admitted
         assert counted.outstanding == len(inside)
     for one in inside:
-        counted.leave(*one)
+        counted.leave(request(*one))
     assert counted.outstanding == 0
     for tenant in ("alice", "bob", "carol"):
-        counted.enter(tenant, 33)  # nothing was left behind
+        counted.enter(request(tenant, 33))  # nothing was left behind
 
 
 def wait_after(*pauses: float) -> int:
     """``retry_after_ms`` once requests have ended, each so long after the one before."""
     clock = Clock()
-    full = Admission(Bounds(1, 1, 100), clock)
-    full.enter("alice", 1)
+    full = admission(clock, per_tenant=1, in_all=1)
+    full.enter(request("alice", 1))
     for pause in pauses:
         clock.now += pause
-        full.leave("alice", 1)
-        full.enter("alice", 1)
+        full.leave(request("alice", 1))
+        full.enter(request("alice", 1))
     wait = refusal(full, "alice").body.retry_after_ms
     assert wait == refusal(full, "bob").body.retry_after_ms
     assert wait is not None
@@ -147,13 +166,13 @@ def test_the_wait_follows_the_pace_of_ends(pause, wait):
 
 def test_an_idle_hour_says_nothing_of_the_pace():
     clock = Clock()
-    one = Admission(Bounds(1, 1, 100), clock)
+    one = admission(clock, per_tenant=1, in_all=1)
     for _ in range(100):
-        one.enter("alice", 1)
+        one.enter(request("alice", 1))
         clock.now += 0.5
-        one.leave("alice", 1)
+        one.leave(request("alice", 1))
         clock.now += 3600
-    one.enter("alice", 1)
+    one.enter(request("alice", 1))
     assert refusal(one, "alice").body.retry_after_ms == pytest.approx(500, rel=0.01)
 
 

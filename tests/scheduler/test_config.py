@@ -1,6 +1,7 @@
 import pytest
 
 from scheduler.config import Config, ConfigError, load, read_password
+from scheduler.quotas import Quota
 
 
 def test_defaults_serve_the_demo_model_on_an_embedded_broker():
@@ -91,6 +92,63 @@ def test_tenants_have_weights(tmp_path):
     file = tmp_path / "tokenbus.toml"
     file.write_text("[tenants.alice]\nweight = 2\n")
     assert load(file).tenants["alice"].weight == 2
-    file.write_text("[tenants.alice]\nweight = 0\n")
-    with pytest.raises(ConfigError, match="weight"):
+    assert load(file).weights() == {"alice": 2}
+
+
+def test_a_tenants_limits_are_its_own_else_those_for_all(tmp_path):
+    assert Config().quota("alice") == Quota(1000)
+    file = tmp_path / "tokenbus.toml"
+    file.write_text(
+        """
+        [limits]
+        outstanding_per_tenant = 50
+        requests_per_s = 0.5
+        tokens_per_min = 600
+        [tenants.alice]
+        outstanding = 7
+        requests_per_s = 20
+        max_context = 300
+        [tenants.bob]
+        weight = 2
+        """
+    )
+    config = load(file, {"TOKENBUS_LIMITS_MAX_CONTEXT": "100"})
+    assert config.quota("alice") == Quota(7, 20.0, 600, 300)
+    assert config.quota("bob") == config.quota("nobody") == Quota(50, 0.5, 600, 100)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("weight = 0", "weight"),
+        ("outstanding = 0", "outstanding"),
+        ("requests_per_s = 0", "requests_per_s"),
+        ("requests_per_s = inf", "requests_per_s"),
+        ("requests_per_s = nan", "requests_per_s"),
+        ("tokens_per_min = 0.5", "tokens_per_min"),
+        ("tokens_per_min = 10_000_000_000", "tokens_per_min"),
+        ("max_context = 0", "max_context"),
+        ("max_contexts = 1", "unknown field `max_contexts`"),
+    ],
+)
+@pytest.mark.parametrize("section", ["limits", "tenants.alice"])
+def test_limits_that_can_not_be_are_refused_by_name(tmp_path, section, setting, message):
+    file = tmp_path / "tokenbus.toml"
+    file.write_text(f"[{section}]\n{setting}\n")
+    with pytest.raises(ConfigError, match=message):
         load(file)
+
+
+def test_a_tenant_that_no_topic_can_name_is_refused(tmp_path):
+    file = tmp_path / "tokenbus.toml"
+    file.write_text('[tenants."a/b"]\n')
+    with pytest.raises(ConfigError, match=r"tenants\.a/b: must be 1 to 64"):
+        load(file)
+
+
+def test_a_reload_takes_tenants_and_limits_and_names_what_else_differs():
+    old = load(flags={"engine.max_running": "4"})
+    new = load(flags={"engine.max_running": "5", "journal.path": "off", "limits.outstanding": "9"})
+    reloaded = old.reloaded(new)
+    assert (reloaded.limits, reloaded.engine) == (new.limits, old.engine)
+    assert reloaded.differences(new) == ["engine.max_running", "journal.path"]

@@ -19,6 +19,7 @@ from scheduler.loop import Engine
 from scheduler.metrics import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
+from scheduler.quotas import Quota
 from scheduler.recovery import Recovery
 from tests.scheduler.test_generation import INFO
 from tests.scheduler.test_text import byte_tokenizer
@@ -120,7 +121,7 @@ class Process:
         self.worker = self.engine._worker = Worker(self.journal, self._fatal)
         self.worker.engine = await enter(self.engine)
         group = await enter(asyncio.TaskGroup())
-        self.admission = Admission(Bounds(100, 100, 10_000), self.engine.now)
+        self.admission = Admission(Bounds(100, 10_000, lambda _: Quota(100)), self.engine.now)
         self.delivery = Delivery(self.broker, self.journal, group)
         text = SimpleNamespace(backend=TOKENIZER)
         self.egress = Egress(self.delivery, self.journal, self.engine, text, self.admission, Metrics(), 0.001)

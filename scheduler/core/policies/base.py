@@ -64,6 +64,11 @@ class FirstComeFirstServed(Policy):
             batch.preempt(next(reversed(batch.running.values())))
         batch.decode()
 
+    def complete_prompts(self, batch: Batch) -> None:
+        """Compute what a failed step left of prompts, for those who know no chunks."""
+        for sequence in list(batch.prefilling.values()):
+            batch.prefill(sequence, sequence.uncomputed)
+
     def next_fitting(self, batch: Batch) -> Sequence | None:
         """Who is next, if there is room for it."""
         head = self.queue.head()

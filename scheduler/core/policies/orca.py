@@ -11,6 +11,7 @@ class Orca(FirstComeFirstServed):
 
     def fill(self, batch: Batch) -> None:
         self.decode(batch)
+        self.complete_prompts(batch)
         while (sequence := self.next_fitting(batch)) is not None:
             batch.admit(sequence, self.reserve(sequence))
             batch.prefill(sequence, sequence.uncomputed)

@@ -9,6 +9,7 @@ class PrefillFirst(FirstComeFirstServed):
     everybody's next token waits."""
 
     def fill(self, batch: Batch) -> None:
+        self.complete_prompts(batch)
         while (sequence := self.next_fitting(batch)) is not None:
             if batch.draft.rows and len(sequence.tokens) > batch.draft.budget:
                 break

@@ -12,6 +12,7 @@ class Static(FirstComeFirstServed):
     def fill(self, batch: Batch) -> None:
         if batch.running:
             self.decode(batch)
+            self.complete_prompts(batch)
             return
         while (sequence := self.next_fitting(batch)) is not None:
             batch.admit(sequence, self.reserve(sequence))
