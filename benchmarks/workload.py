@@ -69,9 +69,9 @@ def config(model: str, max_running: int, max_batch_tokens: int) -> Config:
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--count", default=48, show_default=True)
+@click.option("--count", default=24, show_default=True)
 @click.option(
-    "--prompt", nargs=2, type=int, default=(16, 1500), show_default=True, help="Tokens, shortest and longest."
+    "--prompt", nargs=2, type=int, default=(16, 1000), show_default=True, help="Tokens, shortest and longest."
 )
 @click.option("--output", nargs=2, type=int, default=(16, 200), show_default=True, help="Tokens, shortest and longest.")
 @click.option("--seed", default=1, show_default=True)

@@ -80,7 +80,11 @@ _MACHINE = (
 _MODES = (
     click.option("--policy", default="fair", show_default=True, type=click.Choice(policies.NAMES)),
     click.option("--compare", is_flag=True, help="All policies on the same arrivals."),
-    click.option("--suite", type=click.Choice(["all", *SUITES]), help="The fairness paper's workloads, fair and FCFS."),
+    click.option(
+        "--suite",
+        type=click.Choice(["all", *SUITES]),
+        help="The fairness paper's workloads and machine, fair and FCFS.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     click.option("--output", "file", type=_FILE, help="Write the JSON here."),
     click.option("--plot", type=_FILE, help="Draw a picture; needs matplotlib."),

@@ -34,7 +34,7 @@ def read(path: Path, *, speed: float = 1.0, repeat: int = 1) -> Iterator[Demand]
 def _requests(path: Path) -> Iterator[Demand]:
     begun = None
     last = 0.0
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         if next(lines, "").strip() != HEADER:
             raise TraceError(f"{path}, line 1: must be {HEADER}")
         for number, line in enumerate(lines, start=2):
