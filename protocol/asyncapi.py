@@ -17,6 +17,7 @@ _REPLIES: dict[str, type[msgspec.Struct]] = {
     "chunk": replies.Chunk,
     "result": replies.Result,
     "cancelled": replies.Cancelled,
+    "expired": replies.Expired,
     "error": replies.Failed,
 }
 _NAMES = {"tenant": "The authenticated user", "model": "Alias of the model", "request_id": "Chosen by the tenant"}

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import math
 import uuid
 from collections.abc import AsyncIterator, Coroutine
-from typing import Self
+from typing import ClassVar, Self
 
 import msgspec
 
@@ -16,6 +17,7 @@ from protocol.replies import (
     Accepted,
     Cancelled,
     Chunk,
+    Expired,
     Failed,
     Reply,
     Result,
@@ -38,13 +40,27 @@ _GOODBYE_S = 2.0
 _SERVICE = topics.tenant_of(topics.STATUS)
 
 
-class RequestCancelled(Exception):
-    """The request was cancelled, here or by another client of the tenant, after ``completion_tokens`` tokens."""
+class RequestStopped(Exception):
+    """The request ended before its answer did, after ``completion_tokens`` tokens."""
+
+    how: ClassVar[str]
 
     def __init__(self, request_id: str, completion_tokens: int) -> None:
-        super().__init__(f"request {request_id} was cancelled after {completion_tokens} tokens")
+        super().__init__(f"request {request_id} {self.how} after {completion_tokens} tokens")
         self.request_id = request_id
         self.completion_tokens = completion_tokens
+
+
+class RequestCancelled(RequestStopped):
+    """It was cancelled, here or by another client of the tenant."""
+
+    how = "was cancelled"
+
+
+class RequestExpired(RequestStopped):
+    """Its deadline passed."""
+
+    how = "expired"
 
 
 class Client:
@@ -52,7 +68,8 @@ class Client:
 
     ``url`` is ``mqtt://[user@]host[:port]`` or ``mqtts://…``; the files are as in BrokerAddress. A request that isn't
     accepted is sent again, under the same id, until ``accept_timeout_s`` is over, and once more after every reconnect:
-    the service answers a repeated id with the running generation or the stored result. Making one raises ValueError (a
+    the service answers a repeated id with the running generation or the stored result. One with a deadline is sent with what is
+    left of it as its Message Expiry Interval, so that waiting for the service counts too. Making one raises ValueError (a
     TopicError for a tenant outside the grammar), entering raises what Transport's entering raises. Leaving cancels what
     still runs.
     """
@@ -100,6 +117,7 @@ class Client:
         return Stream(
             self._exchange,
             encode_request(request),
+            lifetime_s=None if request.deadline_ms is None else request.deadline_ms / 1000,
             request_id=request_id,
             request_topic=topics.request(self.tenant, model, request_id),
             response_topic=topics.out(self.tenant, f"{self._id}/{request_id}"),
@@ -127,7 +145,7 @@ class Stream:
 
     The chunks' texts together are exactly the result's text: should some be lost on the way, the last one carries the
     rest. Leaving the iteration early cancels the request. Iterating raises RequestError (the service refused or
-    failed), RequestCancelled, TransportError (the broker refused it), or TimeoutError when nobody accepted it.
+    failed), RequestCancelled, RequestExpired, TransportError (the broker refused it), or TimeoutError when nobody accepted it.
     """
 
     def __init__(
@@ -135,6 +153,7 @@ class Stream:
         exchange: "_Exchange",
         payload: bytes,
         *,
+        lifetime_s: float | None,
         request_id: str,
         request_topic: str,
         response_topic: str,
@@ -144,6 +163,7 @@ class Stream:
         self.response_topic = response_topic
         self._exchange = exchange
         self._payload = payload
+        self._lifetime_s = lifetime_s
         self._request_topic = request_topic
         self._cancel_topic = cancel_topic
         self._inbox: asyncio.Queue[Reply | Exception] = asyncio.Queue()
@@ -200,6 +220,8 @@ class Stream:
                     return reply
                 case Cancelled():
                     raise RequestCancelled(self.request_id, reply.completion_tokens)
+                case Expired():
+                    raise RequestExpired(self.request_id, reply.completion_tokens)
                 case Failed():
                     raise RequestError(reply.error)
                 case Accepted():
@@ -207,23 +229,27 @@ class Stream:
 
     async def _send(self) -> None:
         """Have the request accepted, and again after each reconnect: the broker may have lost it or replies to it."""
+        begun = asyncio.get_running_loop().time()
         try:
-            await self._send_until_accepted()
+            await self._send_until_accepted(begun)
             while True:
                 await self._exchange.transport.wait_reconnected()
                 self._accepted.clear()
-                await self._send_until_accepted()
+                await self._send_until_accepted(begun)
         except (TransportError, TimeoutError) as error:
             self.deliver(error)
 
-    async def _send_until_accepted(self) -> None:
+    async def _send_until_accepted(self, begun: float) -> None:
         heard = True
         limit_s = self._exchange.accept_timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 for pause in delays(_RESEND_AFTER_S, _RESEND_AT_LEAST_EVERY_S):
                     code = await self._exchange.transport.publish(
-                        self._request_topic, self._payload, response_topic=self.response_topic
+                        self._request_topic,
+                        self._payload,
+                        response_topic=self.response_topic,
+                        expiry_s=self._expiry_s(begun),
                     )
                     heard = code != NO_SUBSCRIBER
                     if await _happens(self._accepted, within_s=pause):
@@ -231,6 +257,12 @@ class Stream:
         except TimeoutError:
             why = "the service didn't answer" if heard else "no service listens for this model's requests"
             raise TimeoutError(f"request {self.request_id} wasn't accepted within {limit_s:g} s: {why}") from None
+
+    def _expiry_s(self, begun: float) -> int | None:
+        """At least 1: what is sent too late still asks how the request ended."""
+        if self._lifetime_s is None:
+            return None
+        return max(1, math.ceil(begun + self._lifetime_s - asyncio.get_running_loop().time()))
 
 
 class _Exchange:

@@ -14,6 +14,7 @@ ErrorCode = Literal[
     "id_conflict",
     "rate_limited",
     "overloaded",
+    "deadline_unreachable",
     "unavailable",
     "quarantined",
     "internal",
@@ -23,7 +24,7 @@ ErrorCode = Literal[
 class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
     """The OpenAI error object: ``code`` is ours and stable, ``param`` names the field at fault.
 
-    With ``retry_after_ms`` the request may be sent again, but not before.
+    With ``retry_after_ms`` the request may be sent again, but not before. ``estimate_ms``: after so long it would be done.
     """
 
     message: str
@@ -31,6 +32,7 @@ class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"] = "invalid_request_error"
     param: str | None = None
     retry_after_ms: int | None = None
+    estimate_ms: int | None = None
 
 
 class RequestError(Exception):
@@ -63,6 +65,17 @@ class Busy(RequestError):
 
     def __init__(self, code: Literal["rate_limited", "overloaded"], detail: str, retry_after_ms: int) -> None:
         super().__init__(ErrorBody(message=detail, code=code, type="rate_limit_error", retry_after_ms=retry_after_ms))
+
+
+class DeadlineUnreachable(RequestError):
+    """The request asked to be refused rather than to expire: its deadline is in ``left_ms``, it would take ``estimate_ms``."""
+
+    def __init__(self, left_ms: int, estimate_ms: int) -> None:
+        detail = (
+            f"the deadline is in {left_ms} ms, and at the present pace the request would be done in {estimate_ms} ms"
+        )
+        body = ErrorBody(message=detail, code="deadline_unreachable", type="rate_limit_error", estimate_ms=estimate_ms)
+        super().__init__(body)
 
 
 class ServiceError(RequestError):

@@ -7,6 +7,7 @@ import logging
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,9 +82,10 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Incoming(msgspec.Struct, frozen=True, kw_only=True):
-    """A received message. ``expiry_s`` is what is left of its lifetime; ``epoch`` names the connection it came on.
+    """A received message. ``expiry_s`` is what was left of its lifetime when it came, at ``received_at`` (Unix seconds).
 
-    ``retained``: the broker's copy of an earlier one, which comes with every subscription.
+    ``epoch`` names the connection it came on. ``retained``: the broker's copy of an earlier one, which comes with every
+    subscription.
     """
 
     topic: str
@@ -91,6 +93,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True):
     response_topic: str | None
     correlation: bytes | None
     expiry_s: int | None
+    received_at: float
     qos: int
     duplicate: bool
     retained: bool
@@ -282,6 +285,7 @@ class Link(aiomqtt.Client):
                 response_topic=getattr(message.properties, "ResponseTopic", None),
                 correlation=getattr(message.properties, "CorrelationData", None),
                 expiry_s=getattr(message.properties, "MessageExpiryInterval", None),
+                received_at=time.time(),
                 qos=message.qos,
                 duplicate=bool(message.dup),
                 retained=bool(message.retain),

@@ -74,6 +74,14 @@ class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
     attempt: int = 1
 
 
+class Expired(msgspec.Struct, frozen=True, tag="expired"):
+    """Terminal: its deadline passed; ``completion_tokens`` were generated until then."""
+
+    request_id: str
+    completion_tokens: int
+    attempt: int = 1
+
+
 class Failed(msgspec.Struct, frozen=True, tag="error"):
     """Terminal: the request was refused or failed."""
 
@@ -82,9 +90,9 @@ class Failed(msgspec.Struct, frozen=True, tag="error"):
     attempt: int = 1
 
 
-Terminal = Result | Cancelled | Failed
+Terminal = Result | Cancelled | Expired | Failed
 Reply = Accepted | Chunk | Terminal
-TERMINAL = (Result, Cancelled, Failed)
+TERMINAL = (Result, Cancelled, Expired, Failed)
 
 
 class Quarantined(msgspec.Struct, frozen=True):

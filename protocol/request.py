@@ -1,8 +1,9 @@
 """What a tenant sends: the OpenAI chat-completions or completions body, and a few fields more.
 
 Fields follow the OpenAI API reference (`/v1/chat/completions`, `/v1/completions`) in name, type and range. Ours are
-``top_k``, ``min_p``, ``stop_token_ids`` and ``ignore_eos``, named as vLLM names them. A field of the OpenAI API that we don't act
-on is accepted only at the value that asks for nothing, so that no request is served other than as it was written.
+``top_k``, ``min_p``, ``stop_token_ids`` and ``ignore_eos``, named as vLLM names them, and ``priority``, ``deadline_ms`` and
+``refuse_late``. A field of the OpenAI API that we don't act on is accepted only at the value that asks for nothing, so that no
+request is served other than as it was written.
 """
 
 from typing import Annotated, Literal
@@ -14,6 +15,8 @@ from protocol.errors import BadRequest
 
 #: 2**63 - 1: seeds are signed 64-bit in the OpenAI API.
 MAX_SEED = (1 << 63) - 1
+#: A week, in milliseconds: for as long a broker keeps messages for the service, unless configured otherwise.
+MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
 
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
@@ -45,7 +48,11 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """One generation. Exactly one of ``messages`` and ``prompt`` is given; ``max_tokens`` absent means up to the context."""
+    """One generation. Exactly one of ``messages`` and ``prompt`` is given; ``max_tokens`` absent means up to the context.
+
+    Among its tenant's requests one of higher ``priority`` goes first. It ends, done or not, ``deadline_ms`` after the service
+    has taken it in; with ``refuse_late`` it is refused at once when that is too early.
+    """
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)] | None = None
     prompt: str | list[TokenId] | None = None
@@ -65,6 +72,9 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     n: Annotated[int, Meta(ge=1, le=1)] = 1
     user: Annotated[str, Meta(max_length=256)] | None = None
     metadata: dict[str, str] | None = None
+    priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+    deadline_ms: Annotated[int, Meta(ge=1, le=MAX_DEADLINE_MS)] | None = None
+    refuse_late: bool = False
 
     @property
     def is_chat(self) -> bool:

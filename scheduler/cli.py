@@ -14,7 +14,7 @@ import click
 import msgspec
 from rich.console import Console
 
-from protocol.client import Client, RequestCancelled
+from protocol.client import Client, RequestStopped
 from protocol.errors import RequestError
 from protocol.request import Message, Request
 from protocol.transport import TransportError
@@ -163,6 +163,8 @@ async def _drain(running: service.Service, told: asyncio.Semaphore) -> None:
 @click.option("--top-k", type=int)
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True)
+@click.option("--priority", type=int, default=0, help="Within the tenant a higher one goes first.")
+@click.option("--deadline-ms", type=int, help="Milliseconds after which it ends, done or not.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON instead of streaming text.")
 def submit(
     prompt: str | None,
@@ -181,6 +183,8 @@ def submit(
     top_k: int | None,
     seed: int | None,
     stop: tuple[str, ...],
+    priority: int,
+    deadline_ms: int | None,
     as_json: bool,
 ) -> None:
     """Send PROMPT (or stdin) as a chat message and stream the answer."""
@@ -194,6 +198,8 @@ def submit(
         top_k=top_k,
         seed=seed,
         stop=list(stop) or None,
+        priority=priority,
+        deadline_ms=deadline_ms,
         stream=not as_json,
     )
     try:
@@ -207,7 +213,7 @@ def submit(
             key_file=key_file,
         )
         asyncio.run(_submit(client, request, model, as_json))
-    except (ConfigError, RequestError, RequestCancelled, TransportError, TimeoutError, ValueError) as error:
+    except (ConfigError, RequestError, RequestStopped, TransportError, TimeoutError, ValueError) as error:
         raise click.ClickException(str(error)) from None
 
 

@@ -2,11 +2,12 @@
 
 import secrets
 from dataclasses import dataclass, field
+from math import inf
 from typing import Self
 
 from protocol import openai, replies
 from protocol.errors import BadRequest
-from protocol.openai import FinishReason, Usage
+from protocol.openai import FinishReason, PromptTokensDetails, Usage
 from protocol.plan import Sampling, WorkerInfo
 from protocol.request import Request
 from scheduler.core.sequence import Sequence
@@ -49,6 +50,8 @@ def sequence_for(entry: Entry, info: WorkerInfo) -> Sequence:
         sampling=_sampling(request, entry.seed),
         output=[token for record in entry.records for token in record],
         tenant=entry.tenant,
+        priority=request.priority,
+        deadline=inf if entry.expires_at is None else entry.expires_at,
     )
 
 
@@ -83,6 +86,7 @@ class Generation:
     started_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
+    cached_tokens: int = 0
     completion_tokens: int = 0
     text: str = ""
     cuts: list[int] = field(default_factory=lambda: [0])
@@ -159,7 +163,12 @@ class Generation:
             model=self.entry.model,
             text=self.text,
             reason=reason,
-            usage=Usage(prompt_tokens, self.completion_tokens, prompt_tokens + self.completion_tokens),
+            usage=Usage(
+                prompt_tokens,
+                self.completion_tokens,
+                prompt_tokens + self.completion_tokens,
+                PromptTokensDetails(self.cached_tokens),
+            ),
         )
         chunks = len(self.cuts) - 1 if self.streams else 0
         return replies.Result(self.entry.request_id, data, self.timings(at), chunks, self.entry.attempt)

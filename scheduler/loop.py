@@ -51,7 +51,6 @@ class StepReport:
     seconds: float
     gap_s: float
     rows: tuple[str, ...]
-    starts: list[Start]
     prefill_tokens: int
     decode_tokens: int
     work: Work
@@ -61,8 +60,10 @@ class StepReport:
     preemptions: int
     recomputed_tokens: int
     late_tokens: int
+    cached_tokens: int
     worker_restarts: int
     ok: bool = True
+    starts: list[Start] = field(default_factory=list)
     events: list[TokenEvent] = field(default_factory=list)
     given_up: list[Failure] = field(default_factory=list)
 
@@ -228,6 +229,7 @@ class Engine:
                 preemptions=batcher.counters.preemptions,
                 recomputed_tokens=batcher.counters.recomputed_tokens,
                 late_tokens=batcher.counters.late_tokens,
+                cached_tokens=batcher.counters.cached_tokens,
                 worker_restarts=self.worker_restarts,
                 ok=seconds is not None,
                 events=events or [],

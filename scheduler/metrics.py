@@ -72,7 +72,7 @@ class Metrics:
             "tokenbus_step_gap_seconds", "Time of a step outside the worker", buckets=_SECONDS, registry=registry
         )
         self.batch_size = Histogram("tokenbus_batch_rows", "Sequences in a step", buckets=_ROWS, registry=registry)
-        self._totals = {"preemptions": 0, "recompute": 0, "ended": 0, "restarts": 0}
+        self._totals = dict.fromkeys(("preemptions", "recompute", "ended", "cached", "restarts"), 0)
 
     def observe_step(self, report: StepReport) -> None:
         """Take in one iteration."""
@@ -83,6 +83,7 @@ class Metrics:
         self.preemptions.inc(self._growth("preemptions", report.preemptions))
         self.wasted.labels("recompute").inc(self._growth("recompute", report.recomputed_tokens))
         self.wasted.labels("ended").inc(self._growth("ended", report.late_tokens))
+        self.tokens.labels("cached").inc(self._growth("cached", report.cached_tokens))
         self.worker_restarts.inc(self._growth("restarts", report.worker_restarts))
 
     def _observe_work(self, report: StepReport) -> None:

@@ -47,7 +47,8 @@ class Recovery:
         suspects = [entry for entry in running if entry.attempt > self.attempts]
         passed = [await self._try_alone(entry) for entry in suspects]
         for sequence in passed:
-            if sequence is not None:
+            # Its deadline may have passed during the others' trials.
+            if sequence is not None and sequence.id in self.egress:
                 self.engine.submit(sequence.again())
         for entry in running:
             if entry.attempt <= self.attempts:

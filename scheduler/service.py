@@ -10,7 +10,7 @@ from pathlib import Path
 from platformdirs import user_state_path
 
 from protocol import replies, topics
-from protocol.errors import ServiceError
+from protocol.errors import BadRequest, ServiceError
 from protocol.transport import BrokerAddress, Transport, Will
 from scheduler.admission import Admission, Bounds
 from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
@@ -26,6 +26,7 @@ from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
 from scheduler.mqtt.ingress import SUBSCRIPTIONS, Ingress, Reader
 from scheduler.mqtt.watch import BrokerWatch
+from scheduler.outlook import Outlook
 from scheduler.recovery import Recovery
 from scheduler.text import Text, preload
 
@@ -170,15 +171,18 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     await stack.enter_async_context(http)
     await asyncio.gather(stack.enter_async_context(engine), asyncio.to_thread(preload))
     text = await _text(engine.info.model_path)
+    _share_prefixes(config.engine.shared_prefixes, text, engine)
     journal = await stack.enter_async_context(_journal(config, data_dir))
     transport = await stack.enter_async_context(_transport(config, data_dir, broker_url))
     # Replies outlive the loops: should one of those fail for good, what has ended still reaches its tenant.
     tasks = await stack.enter_async_context(asyncio.TaskGroup())
     admission = Admission(_bounds(config), engine.now)
     delivery = Delivery(transport, journal, tasks)
-    egress = Egress(delivery, journal, engine, text, admission, metrics, config.service.flush_ms / 1000)
+    outlook = Outlook(config.engine.max_running, engine.batcher.queue.weight)
+    egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, config.service.flush_ms / 1000)
     reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
-    ingress = Ingress(transport, reader, journal, admission, egress, delivery, BrokerWatch(metrics.broker_dropped))
+    watch = BrokerWatch(metrics.broker_dropped)
+    ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch)
     service = Service(
         config,
         broker_url=broker_url,
@@ -225,6 +229,7 @@ async def _looping(service: Service, recovery: Recovery) -> AsyncIterator[None]:
         ("loop", service.engine.run()),
         ("egress", service.egress.run()),
         ("flush", service.egress.flush_regularly()),
+        ("deadlines", service.egress.expire_overdue()),
         ("ingress", _take_in(service, recovery)),
     )
     async with asyncio.TaskGroup() as group:
@@ -277,6 +282,14 @@ async def _text(path: str) -> Text:
         return await asyncio.to_thread(Text, path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: no tokenizer that we can use: {error}") from None
+
+
+def _share_prefixes(systems: list[str], text: Text, engine: Engine) -> None:
+    try:
+        for system in systems:
+            engine.batcher.pool.share(text.system_tokens(system))
+    except BadRequest as error:
+        raise ConfigError(f"engine.shared_prefixes: {error}") from None
 
 
 def _journal(config: Config, data_dir: Path) -> contextlib.AbstractAsyncContextManager[Journal]:

@@ -1,6 +1,7 @@
 """Text in and out of tokens: chat template and tokenizer going in, incremental detokenisation and stop strings coming out."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
@@ -44,7 +45,15 @@ class Text:
             if isinstance(request.prompt, list):
                 return request.prompt
             return list(self._tokenizer.encode(request.prompt or ""))
-        messages = [{"role": message.role, "content": message.text} for message in request.messages]
+        return self._render([{"role": message.role, "content": message.text} for message in request.messages])
+
+    def system_tokens(self, system: str) -> list[int]:
+        """The token ids that every chat with this system message begins with. Raises BadRequest."""
+        chats = [[{"role": "system", "content": system}, {"role": "user", "content": user}] for user in ("a", "1")]
+        common = takewhile(lambda pair: pair[0] == pair[1], zip(*map(self._render, chats), strict=False))
+        return [token for token, _ in common]
+
+    def _render(self, messages: list[dict[str, str]]) -> list[int]:
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except (TemplateError, ValueError) as error:

@@ -90,6 +90,7 @@ class Batcher:
         room = min(self.limits.max_model_len, self.pool.num_blocks * self.pool.block_size)
         if sequence.end_len > room:
             raise CapacityError(f"{sequence.end_len} tokens can't fit: {room} is the most a sequence may hold")
+        sequence.public_len = self.pool.public_len(sequence.tokens)
         self._sequences[sequence.id] = sequence
         self.queue.push(sequence)
 

@@ -27,6 +27,7 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._users = [0] * num_blocks
         self._unused: OrderedDict[int, None] = OrderedDict()
+        self._public: list[list[int]] = []
 
     @property
     def num_free(self) -> int:
@@ -45,6 +46,14 @@ class BlockPool:
     def blocks_for(self, tokens: int) -> int:
         """How many blocks ``tokens`` tokens fill."""
         return -(-tokens // self.block_size)
+
+    def share(self, prefix: list[int]) -> None:
+        """All tenants may share the blocks of this prefix; to be said before anything runs."""
+        self._public.append(prefix)
+
+    def public_len(self, tokens: list[int]) -> int:
+        """With how many tokens of a public prefix these begin."""
+        return max((_common_len(tokens, prefix) for prefix in self._public), default=0)
 
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` blocks, the most recently freed first. Raises OutOfBlocks."""
@@ -117,3 +126,8 @@ class BlockPool:
         assert self._prefixes is not None
         self._prefixes.forget(block)
         return block
+
+
+def _common_len(one: list[int], other: list[int]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))

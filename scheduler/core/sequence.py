@@ -28,7 +28,7 @@ class Sequence:
 
     Within a tenant a higher ``priority`` goes first, then the earlier ``deadline`` (on any clock that all share), then the
     smaller ``number``, which its queue gives it. ``charged``: its prompt has been, to its tenant; ``cached`` tokens of it were
-    found in the prefix cache then. The first ``public_len`` tokens of the prompt may be shared with other tenants.
+    found in the prefix cache then. The first ``public_len`` tokens may be shared with other tenants.
     """
 
     __slots__ = (
@@ -73,7 +73,6 @@ class Sequence:
         tenant: str = "",
         priority: int = 0,
         deadline: float = inf,
-        public_len: int = 0,
     ) -> None:
         if not prompt or max_tokens < 1:
             raise ValueError("a sequence needs at least one prompt token and one token to generate")
@@ -81,7 +80,7 @@ class Sequence:
         self.tenant = tenant
         self.priority = priority
         self.deadline = deadline
-        self.public_len = public_len
+        self.public_len = 0
         self.number = 0
         self.charged = False
         self.cached = 0
@@ -109,7 +108,6 @@ class Sequence:
             tenant=self.tenant,
             priority=self.priority,
             deadline=self.deadline,
-            public_len=self.public_len,
         )
 
     def release(self) -> None:

@@ -21,7 +21,7 @@ class Listener(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Entry(msgspec.Struct, kw_only=True):
-    """``id`` is ``tenant/request_id``. ``accepted_at`` is in Unix seconds.
+    """``id`` is ``tenant/request_id``. ``accepted_at`` and ``expires_at`` are in Unix seconds; None: never.
 
     ``attempt`` counts the processes that took it up, ``trials`` those that died while it ran alone for that reason.
     ``records`` holds the generated tokens, one list for each piece that was published. ``reply`` is the terminal message.
@@ -34,10 +34,15 @@ class Entry(msgspec.Struct, kw_only=True):
     seed: int
     accepted_at: float
     listeners: list[Listener]
+    expires_at: float | None = None
     attempt: int = 1
     trials: int = 0
     records: list[list[int]] = []
     reply: bytes | None = None
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether its deadline has passed; ``now`` is in Unix seconds."""
+        return self.expires_at is not None and self.expires_at <= now
 
     @property
     def tenant(self) -> str:

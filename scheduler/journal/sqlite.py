@@ -66,6 +66,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     request: Request
     prompt: list[int]
     seed: int
+    expires_at: float | None = None  # not in files of the first release
 
 
 _decode_body = msgspec.msgpack.Decoder(_Body).decode
@@ -279,7 +280,7 @@ def _in_one_transaction(database: sqlite3.Connection, works: Iterable[_Work]) ->
 
 def _insert(database: sqlite3.Connection, entry: Entry) -> Taken | None:
     mark = digest(entry.model, entry.request)
-    body = _encode(_Body(entry.model, entry.request, entry.prompt, entry.seed))
+    body = _encode(_Body(entry.model, entry.request, entry.prompt, entry.seed, entry.expires_at))
     inserted = database.execute(
         "INSERT INTO requests (id, state, digest, accepted_at, attempt, listeners, body) VALUES (?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT (id) DO NOTHING",
@@ -308,6 +309,7 @@ def _load(database: sqlite3.Connection, row: tuple[Any, ...]) -> Entry:
         seed=parts.seed,
         accepted_at=accepted_at,
         listeners=_decode_listeners(listeners),
+        expires_at=parts.expires_at,
         attempt=attempt,
         trials=trials,
         records=[_decode_tokens(tokens) for (tokens,) in records],

@@ -6,14 +6,16 @@ import time
 from collections.abc import Awaitable
 
 from protocol.errors import ErrorBody, RequestError, ServiceError
-from protocol.replies import Accepted, Cancelled, Chunk, Failed, Terminal
+from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Terminal
 from scheduler.admission import Admission
 from scheduler.core.sequence import FinishReason
+from scheduler.deadlines import Deadlines
 from scheduler.generation import Generation, sequence_for
 from scheduler.journal.entry import Entry, Journal, Listener
 from scheduler.loop import Engine, Failure, StepReport
 from scheduler.metrics import Metrics
 from scheduler.mqtt.delivery import Delivery
+from scheduler.outlook import Outlook
 from scheduler.text import Text
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Egress:
         engine: Engine,
         text: Text,
         admission: Admission,
+        outlook: Outlook,
         metrics: Metrics,
         flush_s: float,
     ) -> None:
@@ -40,8 +43,10 @@ class Egress:
         self._engine = engine
         self._text = text
         self._admission = admission
+        self._outlook = outlook
         self._metrics = metrics
         self._flush_s = flush_s
+        self._deadlines = Deadlines()
         self._generations: dict[str, Generation] = {}
         self._dirty: set[str] = set()
         self._text_came = asyncio.Event()
@@ -55,6 +60,11 @@ class Egress:
 
     def begin(self, entry: Entry) -> None:
         """Run an entry that has its place, and say that it is in. From here on it ends in exactly one terminal message."""
+        if entry.is_overdue(time.time()):
+            self._admission.release(entry)
+            generated = sum(len(record) for record in entry.records)
+            self._close(entry, Expired(entry.request_id, generated, entry.attempt), "expired")
+            return
         try:
             sequence = sequence_for(entry, self._engine.info)
             generation = Generation.of(entry, self._text, self._engine.now() - max(time.time() - entry.accepted_at, 0))
@@ -64,6 +74,9 @@ class Egress:
             self.abandon(entry, error.body)
             return
         self._generations[entry.id] = generation
+        self._outlook.begin(entry, generation.completion_tokens)
+        if entry.expires_at is not None:
+            self._deadlines.add(entry.id, entry.expires_at)
         self._metrics.accepted.inc()
         for listener in entry.listeners:
             self._delivery.send(listener, Accepted(entry.request_id))
@@ -73,12 +86,7 @@ class Egress:
 
     def abandon(self, entry: Entry, error: ErrorBody) -> None:
         """End an accepted request that can't run, or may not."""
-        self._metrics.accepted.inc()
-        self._metrics.requests.labels("error").inc()
-        logger.info(
-            "request ended", extra={"tenant": entry.tenant, "request_id": entry.request_id, "outcome": error.code}
-        )
-        self._delivery.finish(entry, Failed(entry.request_id, error, entry.attempt))
+        self._close(entry, Failed(entry.request_id, error, entry.attempt), "error", error.code)
 
     def join(self, id: str, listener: Listener) -> Awaitable[None]:
         """Let one more hear the answer, from its beginning."""
@@ -101,13 +109,9 @@ class Egress:
     def cancel(self, id: str) -> bool:
         """End a running request at its tenant's wish; False when there is none of that id."""
         generation = self._generations.get(id)
-        if generation is None:
-            return False
-        self._engine.end(id)
-        entry = generation.entry
-        reply = Cancelled(entry.request_id, generation.completion_tokens, entry.attempt)
-        self._end(generation, reply, "cancelled")
-        return True
+        if generation is not None:
+            self._stop(generation, Cancelled, "cancelled")
+        return generation is not None
 
     def fail_all(self, error: ServiceError) -> None:
         """End everything that runs, for want of a journal to keep it."""
@@ -130,6 +134,13 @@ class Egress:
         while True:
             self._take(await self._engine.reports.get())
             self._changed.set()
+
+    async def expire_overdue(self) -> None:
+        """End whatever still runs when its deadline passes, for ever."""
+        while True:
+            generation = self._generations[await self._deadlines.passed()]
+            self._stop(generation, Expired, "expired")
+            await asyncio.sleep(0)  # many may end at once, and others have to go on meanwhile
 
     async def flush_regularly(self) -> None:
         """Journal and publish what has come since the last time, never more often than every ``flush_s``."""
@@ -157,10 +168,15 @@ class Egress:
 
     def _take(self, report: StepReport) -> None:
         self._metrics.observe_step(report)
+        self._outlook.observe(report)
         for id in report.rows:
             generation = self._generations.get(id)
             if generation is not None and generation.started_at is None:
                 generation.started_at = report.at - report.seconds
+        for start in report.starts:
+            generation = self._generations.get(start.id)
+            if generation is not None:
+                generation.cached_tokens = start.cached
         for event in report.events:
             generation = self._generations.get(event.id)
             if generation is not None:
@@ -200,11 +216,29 @@ class Egress:
         entry = generation.entry
         self._end(generation, Failed(entry.request_id, error.body, entry.attempt), "error")
 
+    def _stop(self, generation: Generation, kind: type[Cancelled | Expired], outcome: str) -> None:
+        entry = generation.entry
+        self._engine.end(entry.id)
+        self._end(generation, kind(entry.request_id, generation.completion_tokens, entry.attempt), outcome)
+
+    def _close(self, entry: Entry, reply: Terminal, outcome: str, why: str | None = None) -> None:
+        """End an accepted request that never began here."""
+        self._metrics.accepted.inc()
+        self._metrics.requests.labels(outcome).inc()
+        logger.info(
+            "request ended",
+            extra={"tenant": entry.tenant, "request_id": entry.request_id, "outcome": why or outcome},
+        )
+        self._delivery.finish(entry, reply)
+
     def _end(self, generation: Generation, reply: Terminal, outcome: str, last: Chunk | None = None) -> None:
         entry = generation.entry
         del self._generations[entry.id]
         self._dirty.discard(entry.id)
+        if entry.expires_at is not None:
+            self._deadlines.drop(entry.id, entry.expires_at)
         self._admission.leave(entry)
+        self._outlook.end(entry.id)
         timings = generation.timings(self._engine.now())
         self._metrics.requests.labels(outcome).inc()
         self._metrics.e2e.observe(timings.total_s)

@@ -19,6 +19,7 @@ from scheduler.journal.entry import Entry, Journal, Listener, Taken, digest
 from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
 from scheduler.mqtt.watch import BrokerWatch
+from scheduler.outlook import Outlook
 from scheduler.text import Text
 
 logger = logging.getLogger(__name__)
@@ -96,14 +97,16 @@ class Reader:
         request = self._decode(incoming.payload, address.model)
         prompt = self._text.prompt_tokens(request)
         check_fits(request, prompt, self._info)
+        accepted_at = time.time()
         return Entry(
             id=f"{address.tenant}/{address.request_id}",
             model=address.model,
             request=request,
             prompt=prompt,
             seed=seed_for(request),
-            accepted_at=time.time(),
+            accepted_at=accepted_at,
             listeners=[listener],
+            expires_at=_expires_at(request, incoming, accepted_at),
         )
 
     def _decode(self, payload: bytes, model: str) -> Request:
@@ -148,6 +151,7 @@ class Ingress:
         reader: Reader,
         journal: Journal,
         admission: Admission,
+        outlook: Outlook,
         egress: Egress,
         delivery: Delivery,
         watch: BrokerWatch,
@@ -156,6 +160,7 @@ class Ingress:
         self._reader = reader
         self._journal = journal
         self._admission = admission
+        self._outlook = outlook
         self._egress = egress
         self._delivery = delivery
         self._watch = watch
@@ -221,12 +226,15 @@ class Ingress:
     def _refused(self, entries: dict[int, Entry]) -> dict[int, RequestError | None]:
         """Those that may not be taken up now: with the reason, or to be held because we are draining."""
         refused: dict[int, RequestError | None] = {}
+        admitted: list[Entry] = []
         for index, entry in entries.items():
             try:
                 if self.draining:
                     refused[index] = None
                 else:
+                    self._outlook.check(entry, time.time(), admitted)
                     self._admission.enter(entry, journal_full=self._journal.full)
+                    admitted.append(entry)
             except RequestError as error:
                 refused[index] = error
         return refused
@@ -256,6 +264,18 @@ class Ingress:
         request_id = cancel.id.partition("/")[2]
         error = BadRequest("request_id", f"{request_id} is not running", "not_found")
         self._egress.refuse(cancel.listener, request_id, error.body)
+
+
+def _expires_at(request: Request, incoming: Incoming, accepted_at: float) -> float | None:
+    """The earlier of what the request and its message say, in Unix seconds. Raises BadRequest."""
+    deadlines = []
+    if request.deadline_ms is not None:
+        deadlines.append(accepted_at + request.deadline_ms / 1000)
+    if incoming.expiry_s is not None:
+        deadlines.append(incoming.received_at + incoming.expiry_s)
+    if request.refuse_late and not deadlines:
+        raise BadRequest("refuse_late", "needs deadline_ms or a Message Expiry Interval")
+    return min(deadlines, default=None)
 
 
 def _listener(incoming: Incoming, name: str) -> Listener:

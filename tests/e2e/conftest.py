@@ -11,11 +11,14 @@ from scheduler import service
 from scheduler.config import BrokerConfig, Config, EngineConfig, MetricsConfig
 from scheduler.service import Service
 
+#: A system message that the service computes once for all tenants.
+SHARED = "You answer in the fewest words that will do, in English, and say so when you don't know. " * 4
+
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     config = Config(
-        engine=EngineConfig(max_running=8, max_batch_tokens=64, kv_memory_mb=512),
+        engine=EngineConfig(max_running=8, max_batch_tokens=64, kv_memory_mb=512, shared_prefixes=[SHARED]),
         broker=BrokerConfig(data_dir=str(tmp_path_factory.mktemp("broker"))),
         metrics=MetricsConfig(port=0),
     )

@@ -58,12 +58,20 @@ async def test_serve_submit_and_stop(tmp_path):
         assert json.loads(body)["data"]["choices"][0]["message"]["content"] == out.removesuffix("\n")
         code, _, err = await run("submit", *common, "--model", "gpt-4", "Hello")
         assert (code, err) == (1, "Error: model: gpt-4 is not served here, smollm2 is\n")
+        code, _, err = await run("submit", *common, "--priority", "101", "Hello")
+        assert (code, err) == (1, "Error: priority: Expected `int` <= 100\n")
+        code, _, err = await run("submit", *common, "--deadline-ms", "1", "What is the capital of France?")
+        assert code == 1
+        assert re.fullmatch(r"Error: request \w+ expired after 0 tokens\n", err)
     finally:
         serving.send_signal(signal.SIGTERM)
         rest = (await serving.stderr.read()).decode()
         code = await serving.wait()
     assert code == 0, rest
     ended = [line for line in "".join([*lines, rest]).splitlines() if "request ended" in line]
+    expired = [line for line in ended if 'outcome="expired"' in line]
+    assert len(expired) == 1
+    ended = [line for line in ended if line not in expired]
     assert len(ended) == 3
     assert all("outcome=" in line and "ttft_s=" in line and "Paris" not in line for line in ended)
 

@@ -17,7 +17,7 @@ from protocol.client import Client, RequestCancelled
 from protocol.errors import RequestError
 from protocol.replies import Accepted, Failed, Result
 from protocol.request import Message, Request
-from tests.e2e.conftest import tenant
+from tests.e2e.conftest import SHARED, tenant
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
@@ -51,6 +51,21 @@ async def test_a_chat_streams_and_ends_with_the_whole_text(running):
     assert ChatCompletion.model_validate_json(msgspec.json.encode(stream.result.data), strict=True).choices
     for chunk in chunks:
         assert ChatCompletionChunk.model_validate_json(msgspec.json.encode(chunk.data), strict=True).choices
+
+
+async def test_what_begins_alike_is_computed_once_for_its_own_tenant_and_what_is_shared_for_all(running):
+    async def cached(tenant: str, system: str, question: str) -> int:
+        request = Request(messages=[Message("system", system), Message("user", question)], max_tokens=1)
+        async with Client(running.broker_url, tenant=tenant) as client:
+            result = await client.complete(request, model="smollm2")
+        return result.usage.prompt_tokens_details.cached_tokens
+
+    own = "The following are the rules of the house, all of which hold at all times. " * 4
+    assert await cached("prefix-a", own, "Who?") == 0
+    assert await cached("prefix-a", own, "When, and where?") >= 48
+    assert await cached("prefix-b", own, "When, and where?") == 0
+    assert await cached("prefix-a", SHARED, "Who?") == 0
+    assert await cached("prefix-b", SHARED, "When, and where?") >= 64
 
 
 async def test_many_tenants_at_once_get_what_each_gets_alone(running):
@@ -220,7 +235,9 @@ async def test_metrics_tell_what_happened(running):
     assert result.finish_reason == "length"
     assert grown('tokenbus_requests_total{outcome="length"}') == 1
     assert grown('tokenbus_tokens_total{kind="generated"}') == result.usage.completion_tokens == 12
-    assert grown('tokenbus_tokens_total{kind="prefill"}') == result.usage.prompt_tokens
+    cached = grown('tokenbus_tokens_total{kind="cached"}')
+    assert cached == result.usage.prompt_tokens_details.cached_tokens > 0
+    assert grown('tokenbus_tokens_total{kind="prefill"}') + cached == result.usage.prompt_tokens
     assert grown("tokenbus_time_to_first_token_seconds_count") == 1
     assert grown("tokenbus_inter_token_latency_seconds_count") == 11
     assert grown("tokenbus_step_seconds_count") == grown("tokenbus_batch_rows_count") == 12

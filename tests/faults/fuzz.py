@@ -53,9 +53,12 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "stream_options": (*_WRONG_ANYWHERE, 1, {"include_usage": 1}, {"x": 1}),
     "n": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, 0, 2, 1.5, None),
     "user": (*_WRONG_ANYWHERE, 1, "x" * 257),
+    "priority": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, -101, 101, 1.5, None),
+    "deadline_ms": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, 0, -1, 1.5, 604_800_001, 2**63),
+    "refuse_late": (*_WRONG_ANYWHERE, True, 1, "true", None),  # there is no deadline
     "metadata": (*_WRONG_ANYWHERE, 1, "x", [], {"a": 1}, {"a": None}),
 }
-_NUMBERS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n")
+_NUMBERS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "priority", "deadline_ms")
 _NO_NUMBERS = (
     b"NaN",
     b"-NaN",

@@ -6,6 +6,7 @@ import yaml
 
 import protocol
 from protocol import asyncapi, openai, replies
+from protocol.errors import DeadlineUnreachable
 from protocol.openai import Usage
 from protocol.request import Message, Request
 
@@ -52,6 +53,8 @@ def test_real_messages_fit_their_schemas():
         "accepted": replies.Accepted("r"),
         "result": replies.Result("r", data, replies.Timings(0.1, 0.2, 0.3), 2),
         "cancelled": replies.Cancelled("r", 1),
+        "expired": replies.Expired("r", 1),
+        "error": replies.Failed("r", DeadlineUnreachable(100, 200).body),
         "status": replies.Status("online", "m", 128, 8),
     }
     for name, sample in samples.items():

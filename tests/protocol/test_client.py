@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from protocol import topics
-from protocol.client import Client, RequestCancelled, Stream
+from protocol.client import Client, RequestCancelled, RequestExpired, Stream
 from protocol.errors import ErrorBody, RequestError
 from protocol.openai import Usage, answer, piece
-from protocol.replies import Accepted, Cancelled, Chunk, Failed, Reply, Result, Status, Timings, encode
+from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Reply, Result, Status, Timings, encode
 from protocol.request import Message, Request, decode_request
 from protocol.topics import TopicError
 from protocol.transport import BrokerAddress, PayloadTooLarge, PublishRefused, Transport, TransportError
@@ -48,6 +48,7 @@ class Service:
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.requests: list[str] = []
+        self.lifetimes_s: list[int | None] = []
         self.cancels: asyncio.Queue[str] = asyncio.Queue()
         self.arrived = asyncio.Event()
 
@@ -61,6 +62,7 @@ class Service:
             assert incoming.response_topic is not None
             assert topics.own_response_topic(topic.tenant, incoming.response_topic)
             self.requests.append(topic.request_id)
+            self.lifetimes_s.append(incoming.expiry_s)
             self.arrived.set()
             await respond(Call(self, topic.request_id, incoming.response_topic, decode_request(incoming.payload)))
 
@@ -234,6 +236,31 @@ async def test_cancelling_ends_the_stream_with_its_own_error(serve: Serve, clien
             await anext(chunks)
     assert cancelled.value.completion_tokens == 7
     assert service.cancels.empty()
+
+
+async def test_expiry_ends_the_stream_with_its_own_error(serve: Serve, client: Client) -> None:
+    async def too_slow(call: Call) -> None:
+        await call.say(Accepted(call.id), *call.chunks(0), Expired(call.id, 7))
+
+    service = serve(too_slow)
+    with pytest.raises(RequestExpired, match="request r expired after 7 tokens") as expired:
+        await client.complete(CHAT, model="m", request_id="r")
+    assert (expired.value.request_id, expired.value.completion_tokens) == ("r", 7)
+    await client.cancel("next")
+    assert await service.cancels.get() == "next", "what has expired isn't cancelled"
+
+
+async def test_a_deadline_is_sent_as_the_messages_expiry_too_and_runs_on_while_it_is_sent_again(
+    serve: Serve, client: Client
+) -> None:
+    async def hard_of_hearing(call: Call) -> None:
+        if call.attempt == 3:
+            await whole(call)
+
+    service = serve(hard_of_hearing)
+    await client.complete(msgspec.structs.replace(CHAT, deadline_ms=1_200), model="m")
+    await client.complete(CHAT, model="m")
+    assert service.lifetimes_s == [2, 1, 1, None, None, None], "rounded up, and never nothing"
 
 
 async def accept_and_start(call: Call) -> None:

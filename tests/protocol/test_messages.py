@@ -55,6 +55,11 @@ def test_an_openai_body_is_taken_as_it_is():
         (b'{"prompt": "a", "n": 2}', "n", "<= 1"),
         (b'{"prompt": "a", "stop": ""}', "stop", "length >= 1"),
         (b'{"prompt": "a", "stop": ["x", ""]}', "stop[1]", "length >= 1"),
+        (b'{"prompt": "a", "priority": 101}', "priority", "<= 100"),
+        (b'{"prompt": "a", "priority": -101}', "priority", ">= -100"),
+        (b'{"prompt": "a", "deadline_ms": 0}', "deadline_ms", ">= 1"),
+        (b'{"prompt": "a", "deadline_ms": 604800001}', "deadline_ms", "<= 604800000"),
+        (b'{"prompt": "a", "refuse_late": 1}', "refuse_late", "bool"),
         (b'{"prompt": "a", "logprobs": true}', "body", "unknown field `logprobs`"),
         (b'{"prompt": ' + b"[" * 100_000, "prompt[0]", "int"),
         (b"[" * 100_000, "body", "object"),
@@ -111,6 +116,7 @@ def test_replies_round_trip():
         replies.Chunk("r", 0, piece),
         replies.Result("r", data, replies.Timings(0.1, None, 0.2), 3),
         replies.Cancelled("r", 7),
+        replies.Expired("r", 7, 2),
         replies.Failed(None, BadRequest("prompt", "must not be empty").body),
     ):
         assert replies.decode_reply(replies.encode(reply)) == reply

@@ -27,7 +27,7 @@ def entry(id: str, prompt: str = "Hello", **given) -> Entry:
 
 def without_body(one: Entry) -> Entry:
     """What is left of it once it has ended."""
-    return msgspec.structs.replace(one, model="", request=Request(), prompt=[], seed=0, records=[])
+    return msgspec.structs.replace(one, model="", request=Request(), prompt=[], seed=0, expires_at=None, records=[])
 
 
 def mark(prompt: str = "Hello") -> bytes:

@@ -1,5 +1,6 @@
 """Generation that goes on in another process is the same generation, to the last chunk."""
 
+import math
 from functools import cache
 from types import SimpleNamespace
 
@@ -165,13 +166,16 @@ def test_the_batcher_goes_on_after_the_journalled_tokens():
     entry = Entry(
         id="alice/a",
         model="tiny",
-        request=Request(prompt=[1, 2], max_tokens=10, seed=5),
+        request=Request(prompt=[1, 2], max_tokens=10, seed=5, priority=-3),
         prompt=[1, 2],
         seed=5,
         accepted_at=0.0,
         listeners=[],
+        expires_at=2e9,
         records=[[7], [8, 9]],
     )
     sequence = sequence_for(entry, INFO)
     assert (sequence.tokens, sequence.prompt_len, sequence.max_tokens) == ([1, 2, 7, 8, 9], 2, 10)
     assert sequence.sampling.seed == 5
+    assert (sequence.priority, sequence.deadline) == (-3, 2e9)
+    assert sequence_for(msgspec.structs.replace(entry, expires_at=None), INFO).deadline == math.inf

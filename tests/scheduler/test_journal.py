@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import threading
 
+import msgspec
 import pytest
 
 from protocol.request import decode_request
@@ -89,9 +90,17 @@ def test_the_model_and_every_field_count_in_a_digest():
         '{"prompt": "x", "stream": true}',
         '{"prompt": "x", "user": "u"}',
         '{"prompt": "x", "metadata": {"a": "b"}}',
+        '{"prompt": "x", "priority": 1}',
+        '{"prompt": "x", "deadline_ms": 5}',
+        '{"prompt": "x", "refuse_late": true}',
     ]
     digests = {digest(model, decode_request(body.encode())) for body in bodies for model in ("tiny", "huge")}
     assert len(digests) == 2 * len(bodies)
+
+
+def test_a_field_that_came_later_leaves_the_digest_of_who_does_not_use_it():
+    asked = decode_request(b'{"prompt": "x", "priority": 0, "deadline_ms": null, "refuse_late": false}')
+    assert digest("tiny", asked).hex() == "9f310330762cc527f70c6062282dec2d241dd4c649ddb7c178780bde33872ade"
 
 
 # What outlives the process
@@ -111,15 +120,26 @@ async def test_what_is_awaited_survives_kill_9(path):
         assert await journal.find(["alice/delivered"]) == [Taken(mark(), b"reply")]
 
 
+async def test_a_row_of_the_first_release_is_of_a_request_that_never_expires(path):
+    old = entry("alice/old")
+    async with opened(path) as journal:
+        await journal.accept([old])
+    body = msgspec.msgpack.encode([old.model, old.request, old.prompt, old.seed])
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE requests SET body = ?", (body,))
+    database.close()
+    assert await left_by(path) == [entry("alice/old", attempt=2)]
+
+
 async def test_an_entry_comes_back_as_it_was_with_its_pieces_in_order(path):
     pieces = [[number, 2**31 - 1] for number in range(12)]
     listeners = [Listener("tokenbus/v1/alice/out/a"), Listener("tokenbus/v1/alice/out/b", b"correlation")]
     async with opened(path) as journal:
-        await journal.accept([entry("alice/a")])
+        await journal.accept([entry("alice/a", expires_at=2_000.25)])
         for first in (10, 0, 5):  # by number, not by time
             await journal.progress([("alice/a", n, pieces[n]) for n in range(first, min(first + 5, 12))])
         await journal.listen("alice/a", listeners)
-    expected = entry("alice/a", attempt=2, records=pieces)
+    expected = entry("alice/a", expires_at=2_000.25, attempt=2, records=pieces)
     expected.listeners = listeners
     assert await left_by(path) == [expected]
 

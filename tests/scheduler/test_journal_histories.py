@@ -49,14 +49,21 @@ class Histories(RuleBasedStateMachine):
         one = self.model.get(id)
         return one if one is not None and one.reply is None else None
 
-    @rule(batch=st.lists(st.tuples(ids, st.sampled_from(["Hello", "x" * 9000])), max_size=4))
+    @rule(
+        batch=st.lists(
+            st.tuples(ids, st.sampled_from(["Hello", "x" * 9000]), st.none() | st.floats(0, 1e10)), max_size=4
+        )
+    )
     def accept(self, batch):
         expected = []
-        for id, prompt in batch:
+        for id, prompt, expires_at in batch:
             known = self.model.get(id)
             expected.append(known and Taken(digest("tiny", known.request), known.reply))
-            self.model.setdefault(id, entry(id, prompt, accepted_at=float(len(self.model))))
-        written = [entry(id, prompt, accepted_at=self.model[id].accepted_at) for id, prompt in batch]
+            self.model.setdefault(id, entry(id, prompt, accepted_at=float(len(self.model)), expires_at=expires_at))
+        written = [
+            entry(id, prompt, accepted_at=self.model[id].accepted_at, expires_at=expires_at)
+            for id, prompt, expires_at in batch
+        ]
         assert self.write("accept", written) == expected
 
     @rule(id=ids, tokens=st.lists(st.integers(0, 2**31 - 1), max_size=5))

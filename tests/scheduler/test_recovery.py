@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import msgspec
 
 from protocol import replies
 from protocol.plan import Pong, StepPlan, StepResult, WorkerConfig
-from protocol.replies import Accepted, Chunk, Failed, Quarantined, Result
+from protocol.replies import Accepted, Chunk, Expired, Failed, Quarantined, Result
 from protocol.request import Request
 from scheduler.admission import Admission, Bounds
 from scheduler.journal.entry import Entry, Listener
@@ -19,6 +20,7 @@ from scheduler.loop import Engine
 from scheduler.metrics import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
+from scheduler.outlook import Outlook
 from scheduler.quotas import Quota
 from scheduler.recovery import Recovery
 from tests.scheduler.test_generation import INFO
@@ -76,7 +78,7 @@ class Seen:
 
 @dataclass
 class Worker:
-    """In the worker process's place: every token is the same letter. It never answers to a step with ``fatal`` in it."""
+    """In the worker process's place: every token is the same letter. It answers to a step with ``fatal`` in it when released."""
 
     journal: Journal
     fatal: str | None = None
@@ -85,6 +87,7 @@ class Worker:
     owes_since_s = 0.0
     steps: list[Seen] = field(default_factory=list)
     reached: asyncio.Event = field(default_factory=asyncio.Event)
+    release: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __aenter__(self):
         return self
@@ -100,7 +103,8 @@ class Worker:
         self.steps.append(Seen(names, set(self.journal.on_trial), [row.tokens for row in plan.rows]))
         if self.fatal in names:
             self.reached.set()
-            await asyncio.Event().wait()
+            await self.release.wait()
+        await asyncio.sleep(0)  # a real one takes time, in which others have their turn
         return StepResult(plan.step, [LETTER for row in plan.rows if row.sample], 0.001)
 
 
@@ -124,9 +128,12 @@ class Process:
         self.admission = Admission(Bounds(100, 10_000, lambda _: Quota(100)), self.engine.now)
         self.delivery = Delivery(self.broker, self.journal, group)
         text = SimpleNamespace(backend=TOKENIZER)
-        self.egress = Egress(self.delivery, self.journal, self.engine, text, self.admission, Metrics(), 0.001)
+        self.outlook = Outlook(8, lambda _: 1.0)
+        self.egress = Egress(
+            self.delivery, self.journal, self.engine, text, self.admission, self.outlook, Metrics(), 0.001
+        )
         parts = (self.journal, self.engine, self.admission, self.delivery, self.egress)
-        loops = (self.engine.run(), self.egress.run(), self.egress.flush_regularly())
+        loops = (self.engine.run(), self.egress.run(), self.egress.flush_regularly(), self.egress.expire_overdue())
         self._tasks = [group.create_task(loop) for loop in loops]
         self.recovery = group.create_task(Recovery(*parts, model=self._model, attempts=ATTEMPTS).run())
         return self
@@ -265,12 +272,45 @@ async def test_a_model_that_is_no_longer_served_ends_its_requests(path):
     assert await unfinished(path) == {}
 
 
+async def test_what_is_overdue_ends_as_expired_and_is_not_computed(path):
+    overdue = entry("a", expires_at=1001.0, records=[[LETTER], [LETTER, LETTER]])
+    await leave(path, overdue, entry("suspect", attempt=3, expires_at=1001.0), entry("in time", expires_at=1e11))
+    async with Process(path) as process:
+        await process.settle()
+        assert {name for step in process.worker.steps for name in step.names} == {"in time"}
+        assert process.broker.told("a") == [Expired("a", 3, attempt=2)]
+        assert process.broker.told("suspect") == [Expired("suspect", 0, attempt=4)]
+        assert isinstance(process.broker.terminal("in time")[0], Result)
+        assert process.journal.on_trial == set()
+    assert await unfinished(path) == {}
+
+
+async def test_a_suspect_that_passed_and_expires_during_the_next_ones_trial_is_not_run_again(path):
+    due = time.time() + 1
+    await leave(path, entry("first", attempt=3, tokens=900, expires_at=due), entry("fatal", attempt=3))
+    async with Process(path, fatal="fatal") as process:
+        await process.worker.reached.wait()
+        while not process.broker.terminal("first"):
+            await asyncio.sleep(0.01)
+        assert time.time() >= due
+        process.egress.cancel("alice/fatal")
+        process.worker.release.set()
+        await process.settle()
+        assert len(process.engine.batcher) == 0
+        assert [step.names for step in process.worker.steps][-2:] == [["first"], ["fatal"]]
+        (expired,) = process.broker.terminal("first")
+        assert isinstance(expired, Expired)
+        assert 0 < expired.completion_tokens < 900
+    assert await unfinished(path) == {}
+
+
 async def test_an_end_that_may_not_have_arrived_is_told_again_with_the_higher_attempt(path):
     ends = {
         "cancelled": replies.Cancelled("cancelled", 3, attempt=1),
+        "expired": Expired("expired", 3, attempt=1),
         "failed": Failed("failed", replies.ErrorBody("it failed", "internal"), attempt=4),
     }
-    entries = [entry("cancelled"), entry("failed", attempt=4)]
+    entries = [entry("cancelled"), entry("expired"), entry("failed", attempt=4)]
     for one in entries:
         one.listeners = [*one.listeners, Listener(f"{TENANT}/out/second-{one.request_id}")]
     await leave(path, *entries, ended={name: replies.encode(reply) for name, reply in ends.items()})

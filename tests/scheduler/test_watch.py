@@ -38,6 +38,7 @@ def told(payload: bytes) -> Incoming:
         response_topic=None,
         correlation=None,
         expiry_s=None,
+        received_at=0.0,
         qos=0,
         duplicate=False,
         retained=True,

@@ -63,9 +63,11 @@ class Histories(RuleBasedStateMachine):
         ahead=st.integers(1, 2),
         cache=st.booleans(),
         policy=st.sampled_from(["fair", "fair", *policies.NAMES]),
+        public=st.integers(0, 12),
     )
-    def start(self, running, extra_budget, blocks, size, ahead, cache, policy):
+    def start(self, running, extra_budget, blocks, size, ahead, cache, policy, public):
         pool = BlockPool(blocks, size, prefix_cache=cache)
+        pool.share(list(range(100, 100 + public)))
         self.batcher = Batcher(Limits(running, running + extra_budget, 40), pool, policies.create(policy))
         self.policy = policy
         self.room = min(40, blocks * size)
@@ -88,9 +90,8 @@ class Histories(RuleBasedStateMachine):
         tenant=st.sampled_from("abc"),
         like=st.none() | st.integers(0, 1),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
-        public=st.sampled_from([0, 0, 3, 12]),
     )
-    def submit(self, prompt, max_tokens, poison, tenant, like, priority, public):
+    def submit(self, prompt, max_tokens, poison, tenant, like, priority):
         prompt = min(prompt, self.room - 1)
         max_tokens = min(max_tokens, self.room - prompt)
         if prompt < 1 or max_tokens < 1:
@@ -104,7 +105,6 @@ class Histories(RuleBasedStateMachine):
             stop_ids=frozenset({EOS}),
             tenant=tenant,
             priority=priority,
-            public_len=min(public, prompt),
         )
         self.sequences[id] = sequence
         self.emitted[id] = []

@@ -16,8 +16,8 @@ def computed(batcher, id: str) -> int:
             return total
 
 
-def serve(batcher, id: str, prompt: list[int], max_tokens: int = 1, **keywords) -> int:
-    batcher.submit(sequence(id, prompt, max_tokens, **keywords))
+def serve(batcher, id: str, prompt: list[int], max_tokens: int = 1) -> int:
+    batcher.submit(sequence(id, prompt, max_tokens))
     count = computed(batcher, id)
     while id in batcher:
         step(batcher)
@@ -43,13 +43,20 @@ def test_the_next_turn_of_a_chat_finds_the_last_answer():
     assert serve(batcher, "a/2", [*LONG, *[7] * 9, 1, 2, 3]) == 32 - 28
 
 
-def test_a_tenant_finds_nothing_of_another_but_what_is_public():
+def test_a_tenant_finds_nothing_of_anothers():
     batcher = make(cache=True, budget=64)
     serve(batcher, "a/1", LONG)
     assert serve(batcher, "b/1", LONG) == 20
-    assert serve(batcher, "a/2", [*LONG, 1, 2], public_len=14) == 22, "it was cached as the tenant's own"
-    assert serve(batcher, "b/2", [*LONG, 3, 4], public_len=14) == 22 - 12, "three whole blocks are public"
-    assert serve(batcher, "c/1", [*LONG, 5, 6], public_len=14) == 22 - 12
+    assert serve(batcher, "a/2", LONG) == serve(batcher, "b/2", LONG) == 4
+
+
+def test_what_is_public_is_found_by_all_in_whole_blocks():
+    batcher = make(cache=True, budget=64)
+    batcher.pool.share(LONG[:14])
+    serve(batcher, "a/1", LONG)
+    assert serve(batcher, "b/1", LONG) == 20 - 12
+    assert serve(batcher, "c/1", [*LONG[:9], 1, 2, 3]) == 12 - 8, "of a prefix that differs later, what is the same"
+    assert serve(batcher, "b/2", LONG) == 4, "what follows the public part is the tenant's own"
 
 
 def test_without_the_cache_nothing_is_found():
