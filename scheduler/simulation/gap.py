@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: So many tenants are watched, the first to come: each moment costs their number squared.
-MOST_TENANTS = 64
+MOST_TENANTS = 32
 #: The gap over time is noted so often.
 _NOTE_EVERY_S = 1.0
 
