@@ -11,6 +11,7 @@ from benchmarks import cli
 from benchmarks.workload import Workload, config, load, sequence
 from protocol.plan import WorkerConfig
 from scheduler.loop import Engine, StepReport
+from scheduler.simulation.fit import TracedStep
 
 
 class EngineFigures(msgspec.Struct, frozen=True):
@@ -30,18 +31,24 @@ class EngineFigures(msgspec.Struct, frozen=True):
 
 async def run(workload: Workload, worker: WorkerConfig) -> EngineFigures:
     """One run on a fresh worker."""
+    figures, _ = await record(workload, worker)
+    return figures
+
+
+async def record(workload: Workload, worker: WorkerConfig) -> tuple[EngineFigures, list[StepReport]]:
+    """One run on a fresh worker, and its steps."""
+    reports: list[StepReport] = []
     async with Engine(worker) as engine:
         loop = asyncio.create_task(engine.run(), name="loop")
         try:
-            return await _measure(workload, engine)
+            return await _measure(workload, engine, reports), reports
         finally:
             loop.cancel()
 
 
-async def _measure(workload: Workload, engine: Engine) -> EngineFigures:
+async def _measure(workload: Workload, engine: Engine, reports: list[StepReport]) -> EngineFigures:
     outputs: dict[str, list[int]] = {str(item.id): [] for item in workload.requests}
     unfinished = set(outputs)
-    reports: list[StepReport] = []
     begun = time.perf_counter()
     for item in workload.requests:
         engine.submit(sequence(item, engine.info.eos_ids))
@@ -70,12 +77,20 @@ async def _measure(workload: Workload, engine: Engine) -> EngineFigures:
     )
 
 
+def _traced(report: StepReport) -> TracedStep:
+    """What the cost model of the simulator is fitted to."""
+    return TracedStep(report.work, report.prefill_tokens, report.decode_tokens, report.seconds, report.gap_s)
+
+
 @click.command()
 @cli.workload_option
 @cli.options
-def main(file: Path, model: str, max_running: int, max_batch_tokens: int, as_json: bool) -> None:
+@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Write a JSON line for each step here.")
+def main(file: Path, model: str, max_running: int, max_batch_tokens: int, as_json: bool, trace: Path | None) -> None:
     """Run a workload through the engine alone."""
-    figures = asyncio.run(run(load(file), config(model, max_running, max_batch_tokens).worker()))
+    figures, reports = asyncio.run(record(load(file), config(model, max_running, max_batch_tokens).worker()))
+    if trace is not None:
+        trace.write_bytes(msgspec.json.Encoder().encode_lines([_traced(report) for report in reports]))
     cli.show(figures, as_json, hidden=("token_ids",))
 
 

@@ -1,8 +1,12 @@
-"""A workload file: ``{"requests": [{"id": 0, "prompt_token_ids": [...], "max_tokens": 83, "ignore_eos": true}, …]}``."""
+"""A workload file: ``{"requests": [{"id": 0, "prompt_token_ids": [...], "max_tokens": 83, "ignore_eos": true}, …]}``.
+
+``python -m benchmarks.workload FILE`` writes a made-up one.
+"""
 
 import random
 from pathlib import Path
 
+import click
 import msgspec
 
 from scheduler.config import Config, EngineConfig, ModelConfig
@@ -61,3 +65,20 @@ def config(model: str, max_running: int, max_batch_tokens: int) -> Config:
         model=ModelConfig(path=model),
         engine=EngineConfig(max_running=max_running, max_batch_tokens=max_batch_tokens),
     )
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--count", default=24, show_default=True)
+@click.option(
+    "--prompt", nargs=2, type=int, default=(16, 1000), show_default=True, help="Tokens, shortest and longest."
+)
+@click.option("--output", nargs=2, type=int, default=(16, 200), show_default=True, help="Tokens, shortest and longest.")
+@click.option("--seed", default=1, show_default=True)
+def main(file: Path, count: int, prompt: tuple[int, int], output: tuple[int, int], seed: int) -> None:
+    """Write a workload of random tokens to FILE."""
+    file.write_bytes(msgspec.json.encode(mixed(count, prompt=prompt, output=output, seed=seed)))
+
+
+if __name__ == "__main__":
+    main()

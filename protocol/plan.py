@@ -69,12 +69,33 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     sample: bool
 
 
+class Work(msgspec.Struct, frozen=True):
+    """How much a step computes: ``tokens`` in ``rows``; ``context`` positions whose KV is read, each row's once; ``attended``
+    pairs of a token and a position that it sees."""
+
+    rows: int
+    tokens: int
+    context: int
+    attended: int
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """After a `StepFailure` the scheduler sends an `Admission` for every sequence of that step again."""
 
     step: int
     admissions: list[Admission]
     rows: list[Row]
+
+    def work(self) -> Work:
+        starts = [row.start for row in self.rows]
+        lengths = [row.length for row in self.rows]
+        tokens = sum(lengths)
+        context = sum(starts) + tokens
+        # The last token of each row sees its whole context; those before it, less and less.
+        rest = sum(
+            (length - 1) * (2 * start + length) for start, length in zip(starts, lengths, strict=True) if length > 1
+        )
+        return Work(len(starts), tokens, context, context + rest // 2)
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):

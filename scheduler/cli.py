@@ -1,4 +1,4 @@
-"""The command line: ``tokenbus serve | submit | demo | bench``."""
+"""The command line: ``tokenbus serve | submit | demo | bench | simulate``."""
 
 import asyncio
 import contextlib
@@ -24,6 +24,7 @@ from scheduler import logs, service
 from scheduler.config import Config, ConfigError
 from scheduler.journal.entry import JournalError
 from scheduler.mqtt.broker import BrokerFailed, BrokerNotFound
+from scheduler.simulation.cli import simulate
 from scheduler.worker import WorkerDied, WorkerRefused
 
 logger = logging.getLogger(__name__)
@@ -249,6 +250,9 @@ def demo(context: click.Context, file: Path | None, assignments: tuple[str, ...]
 def bench(name: str, arguments: tuple[str, ...]) -> None:
     """Run a benchmark; ``tokenbus bench engine --help`` says more. They may import torch, so they get their own process."""
     raise SystemExit(subprocess.call([sys.executable, "-m", f"benchmarks.{name}", *arguments]))
+
+
+main.add_command(simulate)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
-from protocol.plan import StepFailure, StepPlan, WorkerConfig, WorkerInfo
+from protocol.plan import StepFailure, StepPlan, Work, WorkerConfig, WorkerInfo
 from protocol.transport import delays
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher, Start, TokenEvent
@@ -53,6 +53,7 @@ class StepReport:
     rows: tuple[str, ...]
     prefill_tokens: int
     decode_tokens: int
+    work: Work
     running: int
     waiting: int
     kv_usage: float
@@ -221,6 +222,7 @@ class Engine:
                 starts=planned.starts,
                 prefill_tokens=sum(row.length for row in plan.rows) - decodes,
                 decode_tokens=decodes,
+                work=plan.work(),
                 running=len(batcher.running),
                 waiting=batcher.num_waiting,
                 kv_usage=1 - batcher.pool.num_free / batcher.pool.num_blocks,

@@ -34,6 +34,8 @@ def test_commands_and_their_options_exist(page):
     for line in re.findall(r"^(tokenbus [^#\n]*)", blocks, flags=re.MULTILINE):
         words = line.split()
         command = main.commands[words[1]]
+        if isinstance(command, click.Group):
+            command = command.commands.get(words[2], command)
         known = {
             option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts
         }

@@ -104,6 +104,11 @@ class FairQueue:
         """The tenants that have something waiting."""
         return (tenant.name for tenant in self._tenants.values() if tenant.waiting)
 
+    def waits(self, tenant: str) -> bool:
+        """Whether it has something waiting."""
+        found = self._tenants.get(tenant)
+        return found is not None and bool(found.waiting)
+
     def push(self, sequence: Sequence) -> None:
         """A new sequence waits."""
         self._forget_idle()

@@ -37,12 +37,19 @@ def bench(name: str, *arguments: str) -> dict:
 def test_engine_and_ladder_count_the_same_tokens(files, tmp_path):
     workload, model = files
     wanted = {str(item.id): item.max_tokens for item in load(workload).requests}
-    engine = bench("engine", "--workload", str(workload), "--model", str(model))
+    trace = tmp_path / "steps.jsonl"
+    engine = bench("engine", "--workload", str(workload), "--model", str(model), "--trace", str(trace))
     assert {id: len(tokens) for id, tokens in engine["token_ids"].items()} == wanted
     assert engine["output_tokens"] == sum(wanted.values())
     assert engine["prompt_tokens"] == sum(len(item.prompt_token_ids) for item in load(workload).requests)
     assert engine["steps"] >= max(wanted.values())
     assert 1 < engine["mean_running"] <= 4
+    steps = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert len(steps) == engine["steps"]
+    # The last token of each request is never computed.
+    computed = engine["prompt_tokens"] + engine["output_tokens"] - len(wanted)
+    assert sum(step["work"]["tokens"] for step in steps) == computed
+    assert sum(step["prefill_tokens"] + step["decode_tokens"] for step in steps) == computed
     picture = tmp_path / "ladder.png"
     ladder = bench(
         "ladder", "--workload", str(workload), "--model", str(model), "--slow-first", "2", "--plot", str(picture)
