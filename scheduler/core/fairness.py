@@ -96,14 +96,6 @@ class FairQueue:
         """Service units so far, divided by the tenant's weight."""
         return self._tenant(tenant).served
 
-    def runs(self, tenant: str) -> int:
-        """How many of a tenant's sequences run."""
-        return self._tenant(tenant).running
-
-    def backlogged(self) -> Iterator[str]:
-        """The tenants that have something waiting."""
-        return (tenant.name for tenant in self._tenants.values() if tenant.waiting)
-
     def waits(self, tenant: str) -> bool:
         """Whether it has something waiting."""
         found = self._tenants.get(tenant)
@@ -114,7 +106,9 @@ class FairQueue:
         self._forget_idle()
         tenant = self._tenant(sequence.tenant)
         if not tenant.waiting:
-            tenant.counter = max(tenant.counter, self._floor())
+            floor = self._floor()
+            sequence.returned = tenant.counter < floor
+            tenant.counter = max(tenant.counter, floor)
         self._arrivals += 1
         sequence.number = self._arrivals
         if sequence.priority:

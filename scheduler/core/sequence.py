@@ -27,8 +27,9 @@ class Sequence:
     failed, since one passed. ``output`` given at the start was generated before, by another process.
 
     Within a tenant a higher ``priority`` goes first, then the earlier ``deadline`` (on any clock that all share), then the
-    smaller ``number``, which its queue gives it. ``charged``: its prompt has been, to its tenant; ``cached`` tokens of it were
-    found in the prefix cache then. The first ``public_len`` tokens may be shared with other tenants.
+    smaller ``number``, which its queue gives it. ``returned``: when it came, its tenant had nothing waiting and less service
+    than the others. ``charged``: its prompt has been, to its tenant; ``cached`` tokens of it were found in the prefix cache
+    then. The first ``public_len`` tokens may be shared with other tenants.
     """
 
     __slots__ = (
@@ -47,6 +48,7 @@ class Sequence:
         "priority",
         "prompt_len",
         "public_len",
+        "returned",
         "room",
         "sampling",
         "sent_blocks",
@@ -82,6 +84,7 @@ class Sequence:
         self.deadline = deadline
         self.public_len = 0
         self.number = 0
+        self.returned = False
         self.charged = False
         self.cached = 0
         self.tokens = [*prompt, *output]

@@ -4,13 +4,13 @@ A step is made in this order:
 
 1. Room. A tenant's running work of lower priority gives way to what it has waiting with a higher one. When the least served
    tenant's next sequence finds no room, those give way whose tenants are ahead of it by more than the Virtual Token Counter
-   allows: so its bound holds whatever lengths come. And if nothing of that tenant runs, one of a tenant that has several gives
-   way, so that a flood doesn't keep others waiting until something of it ends. When decodes lack blocks, the most served
-   tenant's sequence goes, of these the one of lowest priority, of these the youngest.
+   allows: so its bound holds whatever lengths come. And if that tenant asks for less than its share, those of the tenant that
+   has the most running give way, so that nobody waits for a flood to end. When decodes lack blocks, the most served tenant's
+   sequence goes, of these the one of lowest priority, of these the youngest.
 2. Every decode gets its token.
-3. Prompts. While several tenants have prompts to compute, each gets a part of the budget: first the oldest prompt, then those
-   that its part completes, then newcomers in the order of service, then the others, the shortest first. What is left over goes
-   to whoever can use it.
+3. Prompts. A newcomer whose tenant asks for less than its share is computed at once. While several tenants have prompts
+   to compute, each gets a part of the budget: first the oldest prompt, then those that its part completes, then newcomers
+   in the order of service, then the others, the shortest first. What is left over goes to whoever can use it.
 
 A newcomer that finds no room for its prompt lets others pass, each by no more service than that prompt is worth.
 """
@@ -51,7 +51,7 @@ class Fair(Policy):
         head = self.queue.head()
         if head is not None and not batch.fits(head):
             counter = self.queue.counter(head.tenant)
-            if _preempt_for(batch, head, self._too_far_ahead(batch, counter) or self._crowd(batch, head.tenant)):
+            if _preempt_for(batch, head, self._too_far_ahead(batch, counter) or self._crowd(batch, head)):
                 invited.append(head)
         while batch.shortage() > 0:
             batch.preempt(max(batch.running.values(), key=self._dispensability))
@@ -71,15 +71,17 @@ class Fair(Policy):
                     invited.append(head)
         return invited
 
-    def _crowd(self, batch: Batch, tenant: str) -> list[Sequence]:
-        """If nothing of ``tenant`` runs: what the one with the most running for its weight has, but for one."""
-        if self.queue.runs(tenant):
+    def _crowd(self, batch: Batch, waiting: Sequence) -> list[Sequence]:
+        """For one whose tenant came back: what the tenant with the most running for its weight has over that one's number."""
+        if not waiting.returned:
             return []
         crowds: dict[str, list[Sequence]] = {}
         for sequence in batch.running.values():
             crowds.setdefault(sequence.tenant, []).append(sequence)
-        name = max(crowds, key=lambda name: (len(crowds[name]) / self.queue.weight(name), name), default=None)
-        return [] if name is None else sorted(crowds[name], key=self._dispensability, reverse=True)[:-1]
+        own, weight = len(crowds.get(waiting.tenant, ())), self.queue.weight
+        name = max(crowds, key=lambda name: (len(crowds[name]) / weight(name), name))
+        level = round((own + 1) / weight(waiting.tenant) * weight(name))
+        return sorted(crowds[name], key=self._dispensability, reverse=True)[: -max(level, 1)]
 
     def _too_far_ahead(self, batch: Batch, counter: float) -> list[Sequence]:
         """Those of tenants whose counters are ahead of ``counter`` by more than one tenant can get before another's turn."""
@@ -115,12 +117,13 @@ class Fair(Policy):
     def _grant(self, batch: Batch, grants: "_Grants", invited: list[Sequence]) -> None:
         oldest_first = [sequence for sequence in batch.prefilling.values() if not self._is_outranked(batch, sequence)]
         shortest_first = sorted(oldest_first, key=lambda sequence: sequence.uncomputed)
+        self._admit_first(batch, grants, invited)
         for sequence in oldest_first[:1]:
             grants.part(sequence)
         for sequence in shortest_first:
             if sequence.uncomputed <= grants.size:
                 grants.part(sequence)
-        self._admit(batch, grants, invited)
+        self._admit(batch, grants)
         for sequence in shortest_first:
             grants.part(sequence)
         for sequence in batch.prefilling.values():
@@ -135,11 +138,17 @@ class Fair(Policy):
             rivals.append(head)
         return any(rival.priority > sequence.priority for rival in rivals)
 
-    def _admit(self, batch: Batch, grants: "_Grants", invited: list[Sequence]) -> None:
+    def _admit_first(self, batch: Batch, grants: "_Grants", invited: list[Sequence]) -> None:
+        """For whom others gave way, and whose tenants ask for less than their share, while a part is left for the oldest."""
         for sequence in invited:
-            if grants.left and batch.fits(sequence):
+            if grants.beyond_least and batch.fits(sequence):
                 batch.admit(sequence)
-                grants.newcomer(sequence)
+                grants.first(sequence)
+        while grants.beyond_least and (head := self.queue.head()) is not None and head.returned and batch.fits(head):
+            batch.admit(head)
+            grants.first(head)
+
+    def _admit(self, batch: Batch, grants: "_Grants") -> None:
         while grants.left and (head := self.queue.head()) is not None:
             if not batch.fits(head):
                 self._let_pass(batch, grants, head)
@@ -170,16 +179,26 @@ def _preempt_for(batch: Batch, waiting: Sequence, candidates: list[Sequence]) ->
 
 
 class _Grants:
-    """How many tokens of its prompt each sequence computes in this step; ``size`` is a tenant's part of the budget."""
+    """How many tokens of its prompt each sequence computes in this step; ``size`` is a tenant's part of the budget,
+    ``beyond_least`` what is left but for the least part there is."""
 
     def __init__(self, budget: int, size: int) -> None:
         self.left = budget
         self.size = size
+        self._least = budget // _MOST_PARTS
         self._lengths: dict[Sequence, int] = {}
         self._of_tenant: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[tuple[Sequence, int]]:
         return iter(self._lengths.items())
+
+    @property
+    def beyond_least(self) -> int:
+        return self.left - self._least
+
+    def first(self, sequence: Sequence) -> None:
+        """Give it all that it needs, but leave one least part."""
+        self._give(sequence, self.beyond_least)
 
     def part(self, sequence: Sequence) -> None:
         """Give it what is left of its tenant's part."""

@@ -159,19 +159,26 @@ def test_who_is_owed_more_than_the_bound_gets_room():
     assert batcher.running["b/whole"].state is State.RUNNING
 
 
-def test_a_flood_gives_way_to_a_tenant_of_which_nothing_runs():
+def test_a_flood_gives_way_to_a_tenant_that_asks_for_less_than_its_share():
     batcher = make(running=4, budget=16, blocks=64)
     for number in range(20):
         batcher.submit(sequence(f"flood/{number}", 4, 60))
     for _ in range(3):
         step(batcher)
-    batcher.submit(sequence("one/1", 6, 4))
-    batcher.submit(sequence("one/2", 6, 4))
+    batcher.submit(sequence("one/1", 6, 20))
+    batcher.submit(sequence("one/2", 6, 20))
     assert "one/1" in {event.id for _ in range(2) for event in step(batcher)[1]}
     assert batcher.counters.preemptions == 1
     for _ in range(2):
         step(batcher)
-    assert batcher.counters.preemptions == 1, "the second waits its turn: something of its tenant runs"
+    assert batcher.counters.preemptions == 1, "the second waits its turn: now its tenant asks for more"
+    batcher.end("one/2")
+    step(batcher)
+    batcher.submit(sequence("one/3", 6, 20))
+    assert "one/3" in {event.id for _ in range(2) for event in step(batcher)[1]}
+    batcher.submit(sequence("one/4", 6, 20))
+    for _ in range(3):
+        assert "one/4" not in step(batcher)[0], "it has half of all that runs already"
 
 
 def test_nobody_gives_way_who_has_only_one_running():
