@@ -73,7 +73,7 @@ class Fair(Policy):
 
     def _crowd(self, batch: Batch, waiting: Sequence) -> list[Sequence]:
         """For one whose tenant came back: what the tenant with the most running for its weight has over that one's number."""
-        if not waiting.returned:
+        if not waiting.returned or not batch.running:
             return []
         crowds: dict[str, list[Sequence]] = {}
         for sequence in batch.running.values():
