@@ -4,8 +4,9 @@ A step is made in this order:
 
 1. Room. A tenant's running work of lower priority gives way to what it has waiting with a higher one. When the least served
    tenant's next sequence finds no room, those give way whose tenants are ahead of it by more than the Virtual Token Counter
-   allows: so its bound holds whatever lengths come. When decodes lack blocks, the most served tenant's sequence goes,
-   of these the one of lowest priority, of these the youngest.
+   allows: so its bound holds whatever lengths come. And if nothing of that tenant runs, one of a tenant that has several gives
+   way, so that a flood doesn't keep others waiting until something of it ends. When decodes lack blocks, the most served
+   tenant's sequence goes, of these the one of lowest priority, of these the youngest.
 2. Every decode gets its token.
 3. Prompts. While several tenants have prompts to compute, each gets a part of the budget: first the oldest prompt, then those
    that its part completes, then newcomers in the order of service, then the others, the shortest first. What is left over goes
@@ -35,35 +36,50 @@ class Fair(Policy):
         self.queue = FairQueue(weights, price)
 
     def fill(self, batch: Batch) -> None:
-        self._make_room(batch)
+        invited = self._make_room(batch)
         batch.decode()
         grants = _Grants(batch.draft.budget, self._part(batch))
-        self._grant(batch, grants)
+        self._grant(batch, grants, invited)
         for sequence, length in grants:
             batch.prefill(sequence, length)
 
     # 1. Room
 
-    def _make_room(self, batch: Batch) -> None:
-        if self.queue.prioritised:
-            self._undo_inversions(batch)
+    def _make_room(self, batch: Batch) -> list[Sequence]:
+        """Returns those for whom others gave way: the room is theirs."""
+        invited = self._undo_inversions(batch) if self.queue.prioritised else []
         head = self.queue.head()
         if head is not None and not batch.fits(head):
-            ahead = self._too_far_ahead(batch, self.queue.counter(head.tenant))
-            _preempt_for(batch, head, ahead)
+            counter = self.queue.counter(head.tenant)
+            if _preempt_for(batch, head, self._too_far_ahead(batch, counter) or self._crowd(batch, head.tenant)):
+                invited.append(head)
         while batch.shortage() > 0:
             batch.preempt(max(batch.running.values(), key=self._dispensability))
+        return invited
 
-    def _undo_inversions(self, batch: Batch) -> None:
+    def _undo_inversions(self, batch: Batch) -> list[Sequence]:
         own: dict[str, list[Sequence]] = {}
         for sequence in batch.running.values():
             if sequence.tenant in self.queue.prioritised:
                 own.setdefault(sequence.tenant, []).append(sequence)
+        invited = []
         for tenant, running in own.items():
             head = self.queue.head_of(tenant)
             if head is not None and not batch.fits(head):
                 lower = [sequence for sequence in running if sequence.priority < head.priority]
-                _preempt_for(batch, head, sorted(lower, key=self._dispensability, reverse=True))
+                if _preempt_for(batch, head, sorted(lower, key=self._dispensability, reverse=True)):
+                    invited.append(head)
+        return invited
+
+    def _crowd(self, batch: Batch, tenant: str) -> list[Sequence]:
+        """If nothing of ``tenant`` runs: what the one with the most running for its weight has, but for one."""
+        if self.queue.runs(tenant):
+            return []
+        crowds: dict[str, list[Sequence]] = {}
+        for sequence in batch.running.values():
+            crowds.setdefault(sequence.tenant, []).append(sequence)
+        name = max(crowds, key=lambda name: (len(crowds[name]) / self.queue.weight(name), name), default=None)
+        return [] if name is None else sorted(crowds[name], key=self._dispensability, reverse=True)[:-1]
 
     def _too_far_ahead(self, batch: Batch, counter: float) -> list[Sequence]:
         """Those of tenants whose counters are ahead of ``counter`` by more than one tenant can get before another's turn."""
@@ -96,7 +112,7 @@ class Fair(Policy):
             tenants.add(head.tenant)
         return -(-batch.draft.budget // max(min(len(tenants), _MOST_PARTS), 1))
 
-    def _grant(self, batch: Batch, grants: "_Grants") -> None:
+    def _grant(self, batch: Batch, grants: "_Grants", invited: list[Sequence]) -> None:
         oldest_first = [sequence for sequence in batch.prefilling.values() if not self._is_outranked(batch, sequence)]
         shortest_first = sorted(oldest_first, key=lambda sequence: sequence.uncomputed)
         for sequence in oldest_first[:1]:
@@ -104,7 +120,7 @@ class Fair(Policy):
         for sequence in shortest_first:
             if sequence.uncomputed <= grants.size:
                 grants.part(sequence)
-        self._admit(batch, grants)
+        self._admit(batch, grants, invited)
         for sequence in shortest_first:
             grants.part(sequence)
         for sequence in batch.prefilling.values():
@@ -119,7 +135,11 @@ class Fair(Policy):
             rivals.append(head)
         return any(rival.priority > sequence.priority for rival in rivals)
 
-    def _admit(self, batch: Batch, grants: "_Grants") -> None:
+    def _admit(self, batch: Batch, grants: "_Grants", invited: list[Sequence]) -> None:
+        for sequence in invited:
+            if grants.left and batch.fits(sequence):
+                batch.admit(sequence)
+                grants.newcomer(sequence)
         while grants.left and (head := self.queue.head()) is not None:
             if not batch.fits(head):
                 self._let_pass(batch, grants, head)
@@ -137,15 +157,16 @@ class Fair(Policy):
                 grants.newcomer(sequence)
 
 
-def _preempt_for(batch: Batch, waiting: Sequence, candidates: list[Sequence]) -> None:
-    """Preempt as few as needed for ``waiting`` to fit, none if even all of them wouldn't do."""
+def _preempt_for(batch: Batch, waiting: Sequence, candidates: list[Sequence]) -> bool:
+    """Preempt as few as needed for ``waiting`` to fit, none if even all of them wouldn't do; says whether it fits now."""
     freed = 0
     for count, candidate in enumerate(candidates, start=1):
         freed += batch.pool.num_freed_by(candidate)
         if batch.fits(waiting, freed=freed, slots=count):
             for victim in candidates[:count]:
                 batch.preempt(victim)
-            return
+            return True
+    return False
 
 
 class _Grants:

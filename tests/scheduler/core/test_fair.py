@@ -118,11 +118,11 @@ def test_a_prompt_of_high_priority_comes_before_the_same_tenants_long_one():
 def test_priority_never_buys_service_from_another_tenant():
     batcher = make(running=2, budget=16, blocks=64)
     batcher.submit(sequence("modest/1", 4, 30))
-    batcher.submit(sequence("modest/2", 4, 30))
+    batcher.submit(sequence("meek/1", 4, 30))
     step(batcher)
     batcher.submit(sequence("pushy/1", 4, 2, priority=100))
     rows, _ = step(batcher)
-    assert set(rows) == {"modest/1", "modest/2"}
+    assert set(rows) == {"modest/1", "meek/1"}
     assert batcher.counters.preemptions == 0
 
 
@@ -157,3 +157,40 @@ def test_who_is_owed_more_than_the_bound_gets_room():
         if "b/whole" in batcher.running:
             break
     assert batcher.running["b/whole"].state is State.RUNNING
+
+
+def test_a_flood_gives_way_to_a_tenant_of_which_nothing_runs():
+    batcher = make(running=4, budget=16, blocks=64)
+    for number in range(20):
+        batcher.submit(sequence(f"flood/{number}", 4, 60))
+    for _ in range(3):
+        step(batcher)
+    batcher.submit(sequence("one/1", 6, 4))
+    batcher.submit(sequence("one/2", 6, 4))
+    assert "one/1" in {event.id for _ in range(2) for event in step(batcher)[1]}
+    assert batcher.counters.preemptions == 1
+    for _ in range(2):
+        step(batcher)
+    assert batcher.counters.preemptions == 1, "the second waits its turn: something of its tenant runs"
+
+
+def test_nobody_gives_way_who_has_only_one_running():
+    batcher = make(running=2, budget=16, blocks=64)
+    for tenant in "abc":
+        batcher.submit(sequence(f"{tenant}/1", 4, 10))
+    for _ in range(8):
+        step(batcher)
+    assert batcher.counters.preemptions == 0
+
+
+def test_room_that_was_made_for_an_urgent_one_isnt_anothers():
+    batcher = make(running=2, budget=16, blocks=64)
+    for number in range(2):
+        batcher.submit(sequence(f"a/batch{number}", 12, 20, priority=-5))
+    for _ in range(3):
+        step(batcher)
+    batcher.submit(sequence("b/1", 4, 30))
+    batcher.submit(sequence("b/2", 4, 30))
+    step(batcher)
+    batcher.submit(sequence("a/urgent", 8, 2, priority=5))
+    assert "a/urgent" in step(batcher)[0]
