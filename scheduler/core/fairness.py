@@ -101,6 +101,10 @@ class FairQueue:
         found = self._tenants.get(tenant)
         return found is not None and bool(found.waiting)
 
+    def runs(self, tenant: str) -> int:
+        """How many of a tenant's sequences run."""
+        return self._tenant(tenant).running
+
     def push(self, sequence: Sequence) -> None:
         """A new sequence waits."""
         self._forget_idle()

@@ -2,6 +2,7 @@
 
 from random import Random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +48,11 @@ def test_a_fit_finds_the_coefficients_behind_the_steps():
 
 
 def test_its_quality_is_that_of_steps_it_was_not_fitted_to():
+    slow = [
+        msgspec.structs.replace(step, seconds=step.seconds * (2 if number % 5 == 4 else 1), gap_s=0.0)
+        for number, step in enumerate(steps(500, noise=0.0))
+    ]
+    assert fit(slow, name="x", origin="y").quality.median_error == pytest.approx(0.5)
     quality = fit(steps(500, noise=0.2), name="x", origin="y").quality
     assert (quality.steps, quality.held_out) == (500, 100)
     assert quality.median_error == pytest.approx(0.1, abs=0.03), "uniform within 20%"
