@@ -1,4 +1,5 @@
-"""``tokenbus simulate``: one run, all policies side by side, the paper's suites, or a cost model fitted to measured steps."""
+"""``tokenbus simulate``: one run, all policies side by side, the paper's suites, how many replicas a target needs, or a cost
+model fitted to measured steps."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,11 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from scheduler.core import policies
 from scheduler.core.policies import PolicyName
 from scheduler.simulation import fit as fitting
-from scheduler.simulation import picture, tables
+from scheduler.simulation import picture, replicas, tables
 from scheduler.simulation.cost import CostError
 from scheduler.simulation.figures import Figures
 from scheduler.simulation.picture import PictureError
+from scheduler.simulation.replicas import ReplicaFigures, Targets
 from scheduler.simulation.run import Outcome, Stuck, Watch, run
 from scheduler.simulation.scenario import Scenario, ScenarioError
 from scheduler.simulation.suites import SUITES, SuiteFigures, run_suite
@@ -36,7 +38,7 @@ class Comparison(msgspec.Struct, frozen=True):
     throughput_over_static: dict[str, float]
 
 
-_Shown = Figures | Comparison | list[SuiteFigures]
+_Shown = Figures | Comparison | ReplicaFigures | list[SuiteFigures]
 
 _REQUESTS = (
     click.option(
@@ -77,28 +79,33 @@ _MACHINE = (
     click.option("--block-size", default=16, show_default=True),
     click.option("--num-blocks", default=1456, show_default=True, help="The default is what serve has for SmolLM2."),
 )
-_MODES = (
+_COMMON = (
     click.option("--policy", default="fair", show_default=True, type=click.Choice(policies.NAMES)),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    click.option("--output", "file", type=_FILE, help="Write the JSON here."),
+)
+_MODES = (
     click.option("--compare", is_flag=True, help="All policies on the same arrivals."),
     click.option(
         "--suite",
         type=click.Choice(["all", *SUITES]),
         help="The fairness paper's workloads and machine, fair and FCFS.",
     ),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-    click.option("--output", "file", type=_FILE, help="Write the JSON here."),
     click.option("--plot", type=_FILE, help="Draw a picture; needs matplotlib."),
 )
 
 
-def _options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed((*_MODES, *_REQUESTS, *_MACHINE)):
-        command = option(command)
-    return command
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @click.group(invoke_without_command=True)
-@_options
+@_options(*_COMMON, *_MODES, *_REQUESTS, *_MACHINE)
 @click.pass_context
 def simulate(
     context: click.Context,
@@ -128,6 +135,32 @@ def simulate(
         _show(figures, as_json, file)
         if plot is not None:
             picture.draw(runs, plot)
+    except _ERRORS as error:
+        raise click.ClickException(str(error)) from None
+
+
+@simulate.command("replicas")
+@click.option("--ttft-p99", type=float, required=True, help="Seconds from arrival to the first token, at most.")
+@click.option("--itl-p99", type=float, help="Seconds between two tokens, at most.")
+@click.option("--most", default=64, show_default=True, type=click.IntRange(min=1), help="Replicas to try.")
+@_options(*_COMMON, *_REQUESTS, *_MACHINE)
+def replicas_needed(
+    ttft_p99: float,
+    itl_p99: float | None,
+    most: int,
+    policy: PolicyName,
+    as_json: bool,
+    file: Path | None,
+    weights: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """How many replicas hold these percentiles; requests are dealt to them in turn."""
+    try:
+        targets = msgspec.convert({"ttft_p99_s": ttft_p99, "itl_p99_s": itl_p99}, Targets)
+        scenario = msgspec.convert({**options, "weights": _weights(weights)}, Scenario)
+        with _progress(quiet=as_json) as watch:
+            figures = replicas.search(list(scenario.arrivals()), scenario.setup(policy), targets, most=most, watch=watch)
+        _show(figures, as_json, file)
     except _ERRORS as error:
         raise click.ClickException(str(error)) from None
 
@@ -207,6 +240,8 @@ def _tables(figures: _Shown) -> list[Any]:
             return list(tables.of_run(figures))
         case Comparison():
             return [tables.of_runs(figures.runs)]
+        case ReplicaFigures():
+            return [tables.of_replicas(figures)]
         case _:
             return [tables.of_suites(figures)]
 

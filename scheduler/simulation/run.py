@@ -51,15 +51,15 @@ class Outcome:
 
 def run(arrivals: Iterator[Arrival], setup: Setup, watch: Watch = lambda _ended, _now: None) -> Outcome:
     """Simulate until everything that came has ended. Raises Stuck, or what ``arrivals`` does."""
-    simulation = Simulation(arrivals, setup)
-    while simulation.advance():
-        if simulation.measure.steps % 256 == 0:
-            watch(simulation.measure.requests - len(simulation.batcher), simulation.now)
+    simulation = Simulation(arrivals, setup, Measure())
+    simulation.finish(watch)
     return simulation.outcome()
 
 
 class Simulation:
-    def __init__(self, arrivals: Iterator[Arrival], setup: Setup) -> None:
+    """``measure`` may go on from an earlier simulation and is of both then; ``outcome`` is for one that had it from the start."""
+
+    def __init__(self, arrivals: Iterator[Arrival], setup: Setup, measure: Measure) -> None:
         self._setup = setup
         self._arrivals = arrivals
         self._next = next(arrivals, None)
@@ -67,9 +67,15 @@ class Simulation:
         pool = BlockPool(setup.num_blocks, setup.block_size, prefix_cache=setup.prefix_tokens > 0)
         policy = policies.create(setup.policy, weights=setup.weights, price=self._price)
         self.batcher = Batcher(setup.limits, pool, policy)
-        self.measure = Measure()
+        self.measure = measure
         self.gap = ServiceGap()
         self.now = 0.0
+
+    def finish(self, watch: Watch) -> None:
+        """Until everything that came has ended. Raises Stuck, or what ``arrivals`` does."""
+        while self.advance():
+            if self.measure.steps % 256 == 0:
+                watch(self.measure.requests - len(self.batcher), self.now)
 
     def advance(self) -> bool:
         """One step, or a jump to the next arrival. False when all is over."""

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from scheduler.simulation.cost import CostModel
 from scheduler.simulation.figures import Figures, Percentiles
+from scheduler.simulation.replicas import ReplicaFigures
 from scheduler.simulation.suites import SuiteFigures
 
 #: So many tenants have a line of their own.
@@ -65,6 +66,31 @@ def of_suites(suites: Iterable[SuiteFigures]) -> Table:
     return table
 
 
+def of_replicas(figures: ReplicaFigures) -> Table:
+    """A line for each count that was tried; below them, what is needed."""
+    first = figures.tried[0]
+    table = Table(
+        "replicas",
+        *_heads(),
+        "output tokens/s",
+        "KV waste",
+        "",
+        title=f"{first.requests} requests, {first.refused} refused; {figures.policy}, {figures.cost_model}",
+        caption=_verdict(figures),
+    )
+    for fleet in figures.tried:
+        table.add_row(
+            str(fleet.replicas),
+            _times(fleet.ttft_s),
+            _times(fleet.itl_s),
+            _times(fleet.e2e_s),
+            f"{fleet.output_tokens_per_s:.1f}",
+            f"{fleet.kv_waste_ratio:.1%}",
+            "holds" if figures.targets.hold(fleet) else "",
+        )
+    return table
+
+
 def of_model(model: CostModel) -> Table:
     """Its coefficients, and how good they are."""
     table = Table("", "", show_header=False, title=model.name)
@@ -81,6 +107,18 @@ def of_model(model: CostModel) -> Table:
 def factor(figures: Figures, base: Figures) -> float:
     """Output tokens/s as a multiple of another run's."""
     return figures.output_tokens_per_s / base.output_tokens_per_s if base.output_tokens_per_s else 0.0
+
+
+def _verdict(figures: ReplicaFigures) -> str:
+    targets, last = figures.targets, figures.tried[-1]
+    asked = f"TTFT p99 {targets.ttft_p99_s:g} s"
+    if targets.itl_p99_s is not None:
+        asked += f", ITL p99 {targets.itl_p99_s:g} s"
+    if figures.needed is not None:
+        return f"{asked}: {figures.needed} needed"
+    if last.replicas >= last.requests + last.refused:
+        return f"{asked}: no number of replicas holds it, even one for each request doesn't"
+    return f"{asked}: not held by {last.replicas} replicas, the most that were allowed"
 
 
 def _title(figures: Figures) -> str:

@@ -8,6 +8,7 @@ from scheduler.core import policies
 from scheduler.core.batch import Limits
 from scheduler.simulation.arrivals import Arrival
 from scheduler.simulation.cost import CostModel
+from scheduler.simulation.measure import Measure
 from scheduler.simulation.run import Setup, Simulation, run
 
 COST = CostModel(name="", origin="", step_s=1.0, row_s=0.5, token_s=0.25, context_s=0.125, attended_s=0.0625)
@@ -59,7 +60,7 @@ def test_every_token_comes_and_is_paid_for_once(arrivals, policy, prefix):
 @settings(deadline=None, max_examples=60)
 @given(ARRIVALS, st.sampled_from(policies.NAMES))
 def test_nothing_comes_before_it_can_have_been_computed(arrivals, policy):
-    simulation = Simulation(iter(arrivals), setup(policy))
+    simulation = Simulation(iter(arrivals), setup(policy), Measure())
     while simulation.advance():
         pass
     for number, arrival in enumerate(arrivals):
