@@ -58,22 +58,11 @@ class Answer(msgspec.Struct):
 async def run(workload: Workload, settings: Config, tenants: int) -> ServeFigures:
     """One run on a fresh broker, service and clients."""
     async with serving(settings) as running:
-        return await measure(workload, running.broker_url, settings.model.alias, tenants)
+        return await _measure(workload, running.broker_url, settings.model.alias, tenants)
 
 
-async def measure(workload: Workload, url: str, model: str, tenants: int) -> ServeFigures:
-    """All requests at once, dealt out to so many tenants."""
-    clients = [Client(url, tenant=f"tenant{number}") for number in range(tenants)]
-    async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
-        for client in clients:
-            await stack.enter_async_context(client)
-        begun = time.perf_counter()
-        tasks = [
-            group.create_task(ask(clients[index % tenants], item, model), name=f"request {item.id}")
-            for index, item in enumerate(workload.requests)
-        ]
-        answers = await asyncio.gather(*tasks)
-        seconds = time.perf_counter() - begun
+async def _measure(workload: Workload, url: str, model: str, tenants: int) -> ServeFigures:
+    answers, seconds = await ask_all(workload, url, model, tenants)
     tokens = sum(answer.tokens for answer in answers)
     return ServeFigures(
         output_tokens=tokens,
@@ -83,6 +72,20 @@ async def measure(workload: Workload, url: str, model: str, tenants: int) -> Ser
         ttft_s=Percentiles.of([answer.ttft_s for answer in answers]),
         itl_s=Percentiles.of([gap for answer in answers for gap in answer.gaps_s]),
     )
+
+
+async def ask_all(workload: Workload, url: str, model: str, tenants: int) -> tuple[list[Answer], float]:
+    """All requests at once, dealt out to so many tenants; the answers, and seconds until the last one."""
+    clients = [Client(url, tenant=f"tenant{number}") for number in range(tenants)]
+    async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        for client in clients:
+            await stack.enter_async_context(client)
+        begun = time.perf_counter()
+        tasks = [
+            group.create_task(ask(clients[index % tenants], item, model), name=f"request {item.id}")
+            for index, item in enumerate(workload.requests)
+        ]
+        return await asyncio.gather(*tasks), time.perf_counter() - begun
 
 
 async def ask(client: Client, item: WorkItem, model: str) -> Answer:
