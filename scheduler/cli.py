@@ -53,6 +53,7 @@ _BENCHMARKS = (
     "planning",
     "fairness",
     "prefix",
+    "scale",
 )
 
 

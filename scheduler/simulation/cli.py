@@ -159,7 +159,9 @@ def replicas_needed(
         targets = msgspec.convert({"ttft_p99_s": ttft_p99, "itl_p99_s": itl_p99}, Targets)
         scenario = msgspec.convert({**options, "weights": _weights(weights)}, Scenario)
         with _progress(quiet=as_json) as watch:
-            figures = replicas.search(list(scenario.arrivals()), scenario.setup(policy), targets, most=most, watch=watch)
+            figures = replicas.search(
+                list(scenario.arrivals()), scenario.setup(policy), targets, most=most, watch=watch
+            )
         _show(figures, as_json, file)
     except _ERRORS as error:
         raise click.ClickException(str(error)) from None
