@@ -194,7 +194,7 @@ def _figures(
         backlogged_s=sum(stretch[-1].at_s - stretch[0].at_s for stretch in stretches),
         output_tokens_per_s=output_tokens_per_s,
         tenants=tenants,
-        curve=curve[:: -(-len(curve) // _CURVE_POINTS)],
+        curve=[*curve[:: -(-len(curve) // _CURVE_POINTS)], curve[-1]],
     )
 
 
@@ -219,7 +219,8 @@ def plot(figures: FairnessFigures, file: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 3.5))
     for run in figures.runs:
-        axes.plot([at_s / 60 for at_s, _ in run.curve], [gap for _, gap in run.curve], label=_NAMES[run.policy])
+        minutes, gaps = [at_s / 60 for at_s, _ in run.curve], [gap for _, gap in run.curve]
+        axes.plot(minutes, gaps, drawstyle="steps-post", label=_NAMES[run.policy])
     axes.axhline(figures.bound, color="black", linewidth=0.8, linestyle="--", label="the bound")
     axes.set_xlabel("minutes")
     axes.set_ylabel("service ahead, fast over slow")

@@ -150,7 +150,7 @@ def plot(figures: PlanningFigures, file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    figure, axes = plt.subplots(figsize=(7, 3.5))
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     curves: dict[str, list[Case]] = {}
     for case in figures.cases:
         curves.setdefault(f"{case.policy}, {case.tenants:,} tenants", []).append(case)
@@ -163,8 +163,7 @@ def plot(figures: PlanningFigures, file: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("sequences waiting")
     axes.set_ylabel(f"µs a step, {figures.running} running")
-    axes.legend(fontsize="x-small", ncols=2)
-    figure.tight_layout()
+    figure.legend(fontsize="x-small", ncols=3, loc="outside lower center")
     figure.savefig(file, dpi=150)
 
 
