@@ -1,9 +1,9 @@
-"""Writes the measured figures of benchmarks/results/ into README.md, between its markers; no figure there is typed by hand.
+"""Writes the figures of benchmarks/results/ into README.md and docs/scale.md, between their markers; none there is typed by hand.
 
 ``python -m benchmarks.report`` after ``tokenbus bench ladder --json > benchmarks/results/ladder.json`` and
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
 ``accept.json`` is ``bench accept``. ``planning.json``, ``fairness.json`` and ``prefix.json`` are the benchmarks of those
-names, the fairness one with ``--plot docs/fairness.png``.
+names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, simulated.
 """
 
 import re
@@ -13,17 +13,21 @@ from typing import TypeVar
 
 import msgspec
 
+from benchmarks import scale_text
 from benchmarks.accept import AcceptFigures
 from benchmarks.fairness import FairnessFigures, TenantFigures
 from benchmarks.ladder import Ladder
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
+from benchmarks.scale import ScaleFigures
 from benchmarks.serve import ServeFigures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
 
 T = TypeVar("T")
+#: Writes what stands between two markers.
+Text = Callable[[], str]
 
 _NAMES = {
     "naive": "transformers, no KV cache",
@@ -123,28 +127,55 @@ def _when_measured(name: str, kind: type[T], write: Callable[[T], str]) -> str:
     return write(_read(name, kind)) if (RESULTS / name).exists() else ""
 
 
-def render(readme: str) -> str:
+def _carry() -> str:
+    def write(planning: PlanningFigures) -> str:
+        return scale_text.carry_text(_read("scale.json", ScaleFigures), planning, _read("accept.json", AcceptFigures))
+
+    return _when_measured("planning.json", PlanningFigures, write)
+
+
+def _simulated(write: Callable[[ScaleFigures], str]) -> Text:
+    return lambda: write(_read("scale.json", ScaleFigures))
+
+
+#: What stands between the markers of each page.
+PAGES: dict[str, dict[str, Text]] = {
+    "README.md": {
+        "ladder": lambda: ladder_table(_read("ladder.json", Ladder)),
+        "serve": lambda: serve_line(_read("serve.json", ServeFigures)),
+        "journal": lambda: journal_line(_read("journal.json", ServeFigures), _read("accept.json", AcceptFigures)),
+        "fairness": lambda: _when_measured("fairness.json", FairnessFigures, fairness_text),
+        "prefix": lambda: _when_measured("prefix.json", PrefixFigures, prefix_line),
+        "planning": lambda: _when_measured("planning.json", PlanningFigures, planning_table),
+        "directions": _simulated(scale_text.directions_table),
+    },
+    "docs/scale.md": {
+        "load": _simulated(scale_text.load_text),
+        "replicas": _simulated(scale_text.replicas_table),
+        "tried": _simulated(scale_text.tried_table),
+        "shared": _simulated(scale_text.shared_table),
+        "directions": _simulated(scale_text.directions_table),
+        "at-once": _simulated(scale_text.at_once_table),
+        "carry": _carry,
+    },
+}
+
+
+def render(name: str) -> str:
     """The page with its figures filled in."""
-    texts = {
-        "ladder": ladder_table(_read("ladder.json", Ladder)),
-        "serve": serve_line(_read("serve.json", ServeFigures)),
-        "journal": journal_line(_read("journal.json", ServeFigures), _read("accept.json", AcceptFigures)),
-        "fairness": _when_measured("fairness.json", FairnessFigures, fairness_text),
-        "prefix": _when_measured("prefix.json", PrefixFigures, prefix_line),
-        "planning": _when_measured("planning.json", PlanningFigures, planning_table),
-    }
-    for name, text in texts.items():
-        pattern = re.compile(rf"<!-- {name} -->\n.*?\n<!-- /{name} -->", re.DOTALL)
-        if len(pattern.findall(readme)) != 1:
-            raise ValueError(f"README.md must hold the markers of {name} once")
-        start, end = next(pattern.finditer(readme)).span()
-        readme = f"{readme[:start]}<!-- {name} -->\n{text}\n<!-- /{name} -->{readme[end:]}"
-    return readme
+    page = (ROOT / name).read_text()
+    for marker, text in PAGES[name].items():
+        pattern = re.compile(rf"<!-- {marker} -->\n.*?\n<!-- /{marker} -->", re.DOTALL)
+        if len(pattern.findall(page)) != 1:
+            raise ValueError(f"{name} must hold the markers of {marker} once")
+        start, end = next(pattern.finditer(page)).span()
+        page = f"{page[:start]}<!-- {marker} -->\n{text()}\n<!-- /{marker} -->{page[end:]}"
+    return page
 
 
 def main() -> None:
-    page = ROOT / "README.md"
-    page.write_text(render(page.read_text()))
+    for name in PAGES:
+        (ROOT / name).write_text(render(name))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The figures of scale.json in words and tables, and with what planning and accepting cost, what a scheduler process carries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from benchmarks.accept import AcceptFigures
 from benchmarks.planning import PlanningFigures
@@ -109,21 +109,19 @@ def directions_table(figures: ScaleFigures) -> str:
             "PagedAttention (vLLM), SOSP'23",
             "paging wastes under 4% of the KV cache, and what it saves becomes tokens/s",
             "`prefill_first` over `orca`",
-            f"KV waste {paged.kv_waste_ratio:.1%} instead of {orca.kv_waste_ratio:.1%}, "
-            f"{_factor(paged, orca)} the tokens/s",
+            f"KV waste {paged.kv_waste_ratio:.1%}, not {orca.kv_waste_ratio:.1%}; {_factor(paged, orca)} the tokens/s",
         ),
         (
             "Sarathi-Serve, OSDI'24",
             "chunks of prompts keep the tail of the time between tokens short, at no loss of tokens/s",
             "`chunked` over `prefill_first`",
-            f"ITL p99 {_p99(chunked.itl_s)} s instead of {_p99(paged.itl_s)} s, {_factor(chunked, paged)} the tokens/s",
+            f"ITL p99 {_p99(chunked.itl_s)} s, not {_p99(paged.itl_s)} s; {_factor(chunked, paged)} the tokens/s",
         ),
         (
             "VTC, OSDI'24",
             "fairness between tenants within a bound, at no loss of tokens/s",
             "ours (`fair`) over `chunked`",
-            f"service gap {fair.max_service_gap:,.0f} instead of {chunked.max_service_gap:,.0f} (bound "
-            f"{fair.service_gap_bound:,.0f}), {_factor(fair, chunked)} the tokens/s, ITL p99 {_p99(fair.itl_s)} s",
+            f"{_gap(fair)}, not {chunked.max_service_gap:,.0f}; {_factor(fair, chunked)} the tokens/s",
         ),
     ]
     return _table("paper | what it says | compared | simulated", rows)
@@ -131,7 +129,9 @@ def directions_table(figures: ScaleFigures) -> str:
 
 def carry_text(figures: ScaleFigures, planning: PlanningFigures, accept: AcceptFigures) -> str:
     """With the most waiting and the most tenants that were measured."""
-    case = max((case for case in planning.cases if case.policy == "fair"), key=lambda case: (case.waiting, case.tenants))
+    case = max(
+        (case for case in planning.cases if case.policy == "fair"), key=lambda case: (case.waiting, case.tenants)
+    )
     plans_s = case.step_us.p50 / 1e6
     crowd = next(run for run in figures.at_once if run.policy == "fair")
     rows = [
@@ -147,7 +147,9 @@ def carry_text(figures: ScaleFigures, planning: PlanningFigures, accept: AcceptF
             (f"{crowd.seconds / crowd.steps * 1e3:.0f} ms, the machine above", crowd.seconds / crowd.steps),
         )
     ]
-    head = f"the worker's step | steps/s | output tokens/s, {planning.running} running | share of the time spent planning"
+    head = (
+        f"the worker's step | steps/s | output tokens/s, {planning.running} running | share of the time spent planning"
+    )
     return (
         f"Planning a step and applying its result takes {case.step_us.p50:.0f} µs (p99 {case.step_us.p99:.0f} µs) with "
         f"{planning.running} running and {case.waiting:,} waiting, of {case.tenants:,} tenants: a worker whose steps were "
@@ -157,7 +159,7 @@ def carry_text(figures: ScaleFigures, planning: PlanningFigures, accept: AcceptF
     )
 
 
-def _table(head: str, rows: list[tuple[str, ...]]) -> str:
+def _table(head: str, rows: Sequence[tuple[str, ...]]) -> str:
     """``head``: its columns, with bars between them."""
     lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
@@ -173,6 +175,10 @@ def _p99(times: Percentiles | None) -> str:
 
 def _target(targets: Targets) -> str:
     return f"TTFT p99 ≤ {targets.ttft_p99_s:g} s"
+
+
+def _gap(figures: Figures) -> str:
+    return f"service gap {figures.max_service_gap:,.0f} (bound {figures.service_gap_bound:,.0f})"
 
 
 def _factor(figures: Figures, base: Figures) -> str:

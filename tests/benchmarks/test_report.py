@@ -1,6 +1,8 @@
+import pytest
+
 from benchmarks import report
 
 
-def test_the_readme_holds_the_measured_figures():
-    page = (report.ROOT / "README.md").read_text()
-    assert report.render(page) == page
+@pytest.mark.parametrize("page", report.PAGES)
+def test_the_pages_hold_the_measured_figures(page):
+    assert report.render(page) == (report.ROOT / page).read_text()

@@ -63,6 +63,27 @@ def test_tables_name_what_they_show(trace):
     assert all(name in compared for name in ("orca", "static", "KV"))
 
 
+def test_the_replicas_that_a_trace_needs_are_counted(trace, tmp_path):
+    asked = ("replicas", "--trace", trace, "--speed", "20", "--max-running", "4")
+    file = tmp_path / "out.json"
+    shown = simulate(*asked, "--ttft-p99", "2", "--itl-p99", "5", "--output", str(file), "--json")
+    figures = json.loads(shown)
+    assert figures == json.loads(file.read_text())
+    assert figures["targets"] == {"ttft_p99_s": 2, "itl_p99_s": 5}
+    needed = figures["needed"]
+    assert needed > 1
+    held = {fleet["replicas"]: fleet["ttft_s"]["p99"] <= 2 for fleet in figures["tried"]}
+    assert (held[needed], held[needed - 1]) == (True, False)
+    assert f"TTFT p99 2 s, ITL p99 5 s: {needed} needed" in simulate(*asked, "--ttft-p99", "2", "--itl-p99", "5")
+
+
+def test_a_target_that_no_number_of_replicas_holds_is_said_to_be_one(trace):
+    asked = ("replicas", "--trace", trace, "--requests", "4", "--ttft-p99", "0.001")
+    assert "no number of replicas holds it" in " ".join(simulate(*asked).split())
+    assert "not held by 3 replicas, the most that were allowed" in " ".join(simulate(*asked, "--most", "3").split())
+    assert json.loads(simulate(*asked, "--json"))["needed"] is None
+
+
 def test_pictures_are_drawn(trace, tmp_path):
     simulate("--trace", trace, "--compare", "--tenants", "3", "--plot", str(tmp_path / "runs.png"))
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
@@ -96,6 +117,8 @@ def test_a_model_is_fitted_and_used(trace, tmp_path):
         (("--max-running", "300"), "max_batch_tokens (256) must be at least max_running (300)"),
         (("--cost", "nothing"), "no cost model 'nothing'"),
         (("fit", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("replicas", "--ttft-p99", "1", "--trace", "nowhere.csv"), "nowhere.csv"),
+        (("replicas", "--ttft-p99", "0"), "`$.ttft_p99_s`"),
     ],
 )
 def test_what_can_not_be_done_is_said_in_a_line(arguments, said):
