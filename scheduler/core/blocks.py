@@ -59,9 +59,12 @@ class BlockPool:
         """Take ``count`` blocks, the most recently freed first. Raises OutOfBlocks."""
         if count > self.num_free:
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free of {self.num_blocks}")
-        taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
-        for block in taken:
-            self._users[block] = 1
+        free, users = self._free, self._users
+        taken = []
+        for _ in range(count):
+            block = free.pop() if free else self._evict()
+            users[block] = 1
+            taken.append(block)
         return taken
 
     def free(self, blocks: list[int]) -> None:
