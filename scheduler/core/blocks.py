@@ -91,14 +91,14 @@ class BlockPool:
             return
         most = (len(sequence.tokens) - 1) // self.block_size
         while sequence.known_blocks < most:
-            known = self._prefixes.find(sequence.node, *self._content(sequence, sequence.known_blocks))
-            if known is None:
+            block = self._prefixes.find(sequence.node, *self._content(sequence, sequence.known_blocks))
+            if block is None:
                 break
-            self._unused.pop(known.block, None)
-            self._users[known.block] += 1
-            sequence.blocks.append(known.block)
+            self._unused.pop(block, None)
+            self._users[block] += 1
+            sequence.blocks.append(block)
             sequence.known_blocks += 1
-            sequence.node = known.node
+            sequence.node = self._prefixes.node(block)
         sequence.computed = sequence.room = sequence.known_blocks * self.block_size
 
     def remember(self, sequence: Sequence, computed: int) -> None:
@@ -119,9 +119,9 @@ class BlockPool:
             self._prefixes.clear()
 
     def _content(self, sequence: Sequence, index: int) -> tuple[str, list[int]]:
-        """The salt and the tokens of a sequence's block: what isn't wholly public is its tenant's."""
+        """The salt and the tokens of a sequence's block: what isn't wholly public is its tenant's, whose name isn't empty."""
         end = (index + 1) * self.block_size
-        salt = "" if end <= sequence.public_len else f"tenant {sequence.tenant}"
+        salt = "" if end <= sequence.public_len else sequence.tenant
         return salt, sequence.tokens[end - self.block_size : end]
 
     def _evict(self) -> int:

@@ -137,7 +137,7 @@ def test_equal_hashes_are_told_apart():
     assert hash((0, "", (-1,))) == hash((0, "", (-2,)))
     index.add(0, "", [-1], 3)
     assert index.find(0, "", [-2]) is None
-    assert index.find(0, "", [-1]).block == 3
+    assert index.find(0, "", [-1]) == 3
 
 
 def test_a_block_is_not_found_under_a_parent_that_was_evicted():
