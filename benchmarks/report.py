@@ -2,17 +2,22 @@
 
 ``python -m benchmarks.report`` after ``tokenbus bench ladder --json > benchmarks/results/ladder.json`` and
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
-``accept.json`` is ``bench accept``.
+``accept.json`` is ``bench accept``. ``planning.json``, ``fairness.json`` and ``prefix.json`` are the benchmarks of those
+names, the fairness one with ``--plot docs/fairness.png``.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from benchmarks.accept import AcceptFigures
+from benchmarks.fairness import FairnessFigures, TenantFigures
 from benchmarks.ladder import Ladder
+from benchmarks.planning import PlanningFigures
+from benchmarks.prefix import PrefixFigures
 from benchmarks.serve import ServeFigures
 
 ROOT = Path(__file__).parents[1]
@@ -59,8 +64,63 @@ def journal_line(serve: ServeFigures, accept: AcceptFigures) -> str:
     )
 
 
+def planning_table(figures: PlanningFigures) -> str:
+    waiting = sorted({case.waiting for case in figures.cases})
+    rows: dict[tuple[str, int], list[str]] = {}
+    for case in sorted(figures.cases, key=lambda case: case.waiting):
+        cell = f"{case.step_us.p50:.0f} ({case.step_us.p99:.0f})"
+        rows.setdefault((case.policy, case.tenants), []).append(cell)
+    lines = [
+        f"| µs to plan a step and apply it, {figures.running} running: median (p99) | "
+        + " | ".join(f"{count:,} waiting" for count in waiting)
+        + " |",
+        "|---|" + "---|" * len(waiting),
+    ]
+    lines += [
+        f"| `{policy}`, {tenants:,} tenants | " + " | ".join(cells) + " |" for (policy, tenants), cells in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def fairness_text(figures: FairnessFigures) -> str:
+    suite, (ours, theirs) = figures.suite, figures.runs
+    half_per_min = 60 * ours.output_tokens_per_s / suite.output_tokens / 2
+    asked = " and ".join(f"{tenant.requests_per_min / half_per_min:.1f}" for tenant in ours.tenants)
+    return (
+        "![service of two tenants](docs/fairness.png)\n\n"
+        f"Two tenants, live over MQTT for {suite.minutes:g} minutes, one sending twice as fast: {asked} times its half of what "
+        f"is served, in requests of {suite.prompt_tokens} prompt and {suite.output_tokens} output tokens. While both had "
+        f"something waiting, their service differed by at most {ours.largest_change:,.0f} units with our policy and "
+        f"{theirs.largest_change:,.0f} with first come, first served; the bound is {figures.bound:,.0f}. Output tokens/s: "
+        f"{ours.output_tokens_per_s:.1f} and {theirs.output_tokens_per_s:.1f}. TTFT p50, slow and fast tenant: "
+        f"{_ttft(ours.tenants)}, and {_ttft(theirs.tenants)}."
+    )
+
+
+def _ttft(tenants: list[TenantFigures]) -> str:
+    return " / ".join("none" if tenant.ttft_s is None else f"{tenant.ttft_s.p50:.1f} s" for tenant in tenants)
+
+
+def prefix_line(figures: PrefixFigures) -> str:
+    burst, cached, uncached, isolation = figures.burst, figures.cached, figures.uncached, figures.isolation
+    return (
+        f"{burst.requests} requests at once that share {burst.shared_tokens} of {burst.prompt_tokens} prompt tokens: the prefix "
+        f"cache spares {figures.saved:.1%} of the prompt tokens, TTFT p50 is {cached.ttft_s.p50:.1f} s instead of "
+        f"{uncached.ttft_s.p50:.1f} s ({figures.ttft_ratio:.1f}x), output tokens/s {figures.rate_ratio:.1f}x. Another tenant "
+        f"gains nothing from it: of a prompt that the first tenant had cached it computes "
+        f"{isolation.other.computed_prompt_tokens:.0f} of {isolation.prompt_tokens} tokens, and waits "
+        f"{isolation.other.ttft_s:.2f} s (the first tenant: {isolation.cold.ttft_s:.2f} s at first, "
+        f"{isolation.warm.ttft_s:.2f} s when cached)."
+    )
+
+
 def _read(name: str, kind: type[T]) -> T:
     return msgspec.json.decode((RESULTS / name).read_bytes(), type=kind)
+
+
+def _when_measured(name: str, kind: type[T], write: Callable[[T], str]) -> str:
+    """Nothing until there are results."""
+    return write(_read(name, kind)) if (RESULTS / name).exists() else ""
 
 
 def render(readme: str) -> str:
@@ -69,6 +129,9 @@ def render(readme: str) -> str:
         "ladder": ladder_table(_read("ladder.json", Ladder)),
         "serve": serve_line(_read("serve.json", ServeFigures)),
         "journal": journal_line(_read("journal.json", ServeFigures), _read("accept.json", AcceptFigures)),
+        "fairness": _when_measured("fairness.json", FairnessFigures, fairness_text),
+        "prefix": _when_measured("prefix.json", PrefixFigures, prefix_line),
+        "planning": _when_measured("planning.json", PlanningFigures, planning_table),
     }
     for name, text in texts.items():
         pattern = re.compile(rf"<!-- {name} -->\n.*?\n<!-- /{name} -->", re.DOTALL)

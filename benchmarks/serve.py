@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import statistics
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
@@ -13,11 +12,11 @@ import click
 import msgspec
 
 from benchmarks import cli, engine
+from benchmarks.live import serving
 from benchmarks.workload import WorkItem, Workload, config, load
 from protocol.client import Client
 from protocol.request import Request
-from scheduler import service
-from scheduler.config import OFF, BrokerConfig, Config, JournalConfig, MetricsConfig
+from scheduler.config import OFF, Config, JournalConfig
 
 
 class Percentiles(msgspec.Struct, frozen=True):
@@ -48,7 +47,9 @@ class ServeFigures(msgspec.Struct, frozen=True):
     share_of_journal_off: float | None = None
 
 
-class _Answer(msgspec.Struct):
+class Answer(msgspec.Struct):
+    """``tokens`` that came out, and when they did, as the client sees it."""
+
     tokens: int
     ttft_s: float
     gaps_s: list[float]
@@ -56,26 +57,12 @@ class _Answer(msgspec.Struct):
 
 async def run(workload: Workload, settings: Config, tenants: int) -> ServeFigures:
     """One run on a fresh broker, service and clients."""
-    with tempfile.TemporaryDirectory() as data_dir:
-        settings = msgspec.structs.replace(
-            settings, broker=BrokerConfig(data_dir=data_dir), metrics=MetricsConfig(port=0)
-        )
-        async with service.running(settings) as running:
-            return await _measure(workload, running.broker_url, settings.model.alias, tenants)
+    async with serving(settings) as running:
+        return await _measure(workload, running.broker_url, settings.model.alias, tenants)
 
 
 async def _measure(workload: Workload, url: str, model: str, tenants: int) -> ServeFigures:
-    clients = [Client(url, tenant=f"tenant{number}") for number in range(tenants)]
-    async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
-        for client in clients:
-            await stack.enter_async_context(client)
-        begun = time.perf_counter()
-        tasks = [
-            group.create_task(_ask(clients[index % tenants], item, model), name=f"request {item.id}")
-            for index, item in enumerate(workload.requests)
-        ]
-        answers = await asyncio.gather(*tasks)
-        seconds = time.perf_counter() - begun
+    answers, seconds = await ask_all(workload, url, model, tenants)
     tokens = sum(answer.tokens for answer in answers)
     return ServeFigures(
         output_tokens=tokens,
@@ -87,7 +74,22 @@ async def _measure(workload: Workload, url: str, model: str, tenants: int) -> Se
     )
 
 
-async def _ask(client: Client, item: WorkItem, model: str) -> _Answer:
+async def ask_all(workload: Workload, url: str, model: str, tenants: int) -> tuple[list[Answer], float]:
+    """All requests at once, dealt out to so many tenants; the answers, and seconds until the last one."""
+    clients = [Client(url, tenant=f"tenant{number}") for number in range(tenants)]
+    async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        for client in clients:
+            await stack.enter_async_context(client)
+        begun = time.perf_counter()
+        tasks = [
+            group.create_task(ask(clients[index % tenants], item, model), name=f"request {item.id}")
+            for index, item in enumerate(workload.requests)
+        ]
+        return await asyncio.gather(*tasks), time.perf_counter() - begun
+
+
+async def ask(client: Client, item: WorkItem, model: str) -> Answer:
+    """One request, greedy and streamed, to its end."""
     request = Request(
         prompt=item.prompt_token_ids,
         max_tokens=item.max_tokens,
@@ -99,7 +101,7 @@ async def _ask(client: Client, item: WorkItem, model: str) -> _Answer:
     begun = time.perf_counter()
     times = [time.perf_counter() async for _ in stream]
     gaps = [later - earlier for earlier, later in pairwise(times)]
-    return _Answer(stream.result.usage.completion_tokens, times[0] - begun, gaps)
+    return Answer(stream.result.usage.completion_tokens, times[0] - begun, gaps)
 
 
 async def _against_engine(workload: Workload, settings: Config, tenants: int, rounds: int) -> ServeFigures:

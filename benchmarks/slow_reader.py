@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import socket
 import statistics
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from itertools import pairwise
@@ -13,14 +12,14 @@ import click
 import msgspec
 
 from benchmarks import cli
+from benchmarks.live import serving
 from benchmarks.serve import Percentiles
 from benchmarks.workload import WorkItem, Workload, config, mixed
 from protocol import topics
 from protocol.client import Client
 from protocol.request import Request, encode_request
 from protocol.transport import BrokerAddress, Transport
-from scheduler import service
-from scheduler.config import BrokerConfig, Config, MetricsConfig
+from scheduler.config import Config
 
 _DEAF = "deaf"
 
@@ -99,18 +98,14 @@ async def run(settings: Config, flood: Workload, others: Workload, rounds: int) 
     reading: list[float] = []
     stopped: list[float] = []
     ratios = []
-    with tempfile.TemporaryDirectory() as data_dir:
-        settings = msgspec.structs.replace(
-            settings, broker=BrokerConfig(data_dir=data_dir), metrics=MetricsConfig(port=0)
-        )
-        async with service.running(settings) as running:
-            await _round(running.broker_url, model, flood, others, reads=True)
-            for _ in range(rounds):
-                while_reading = await _round(running.broker_url, model, flood, others, reads=True)
-                while_stopped = await _round(running.broker_url, model, flood, others, reads=False)
-                ratios.append(Percentiles.of(while_stopped).p99 / Percentiles.of(while_reading).p99)
-                reading += while_reading
-                stopped += while_stopped
+    async with serving(settings) as running:
+        await _round(running.broker_url, model, flood, others, reads=True)
+        for _ in range(rounds):
+            while_reading = await _round(running.broker_url, model, flood, others, reads=True)
+            while_stopped = await _round(running.broker_url, model, flood, others, reads=False)
+            ratios.append(Percentiles.of(while_stopped).p99 / Percentiles.of(while_reading).p99)
+            reading += while_reading
+            stopped += while_stopped
     return SlowReaderFigures(rounds, Percentiles.of(reading), Percentiles.of(stopped), statistics.median(ratios))
 
 

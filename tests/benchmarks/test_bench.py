@@ -1,7 +1,6 @@
 """The benchmarks run, count right and agree with each other; their figures are looked at by people, not by tests."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks import report
+from benchmarks.fairness import FairnessFigures
+from benchmarks.planning import PlanningFigures
+from benchmarks.prefix import PrefixFigures
 from benchmarks.workload import load, mixed
-from tests.workers.models import save, tiny
-from workers.weights import demo_model
+from tests.workers.models import save, servable, tiny
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -22,6 +24,11 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
     workload = mixed(6, prompt=(3, 12), output=(2, 9), seed=2, vocab=97)
     (folder / "workload.json").write_bytes(msgspec.json.encode(workload))
     return folder / "workload.json", save(tiny("llama"), folder / "model")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> str:
+    return str(servable(tmp_path_factory.mktemp("servable")))
 
 
 def bench(name: str, *arguments: str) -> dict:
@@ -60,11 +67,54 @@ def test_engine_and_ladder_count_the_same_tokens(files, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_slow_reader_measures_both_ways(files):
-    _, model = files
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model() / name, model)
+def test_slow_reader_measures_both_ways(served):
     sizes = ("--rounds", "1", "--flood", "4", "--tokens", "8", "--vocab", "97")
-    figures = bench("slow_reader", "--model", str(model), *sizes)
+    figures = bench("slow_reader", "--model", served, *sizes)
     assert figures["rounds"] == 1
     assert figures["p99_ratio"] == figures["stopped_s"]["p99"] / figures["reading_s"]["p99"] > 0
+
+
+def test_planning_times_every_case(tmp_path):
+    picture = tmp_path / "planning.png"
+    sizes = ("--waiting", "5", "--waiting", "50", "--tenants", "3", "--rounds", "2", "--steps", "20")
+    figures = bench("planning", *sizes, "--plot", str(picture))
+    cases = figures["cases"]
+    assert [(case["policy"], case["waiting"]) for case in cases] == [
+        (policy, waiting) for policy in ("fair", "chunked") for waiting in (5, 50)
+    ]
+    assert all(case[part]["p99"] >= case[part]["p50"] > 0 for case in cases for part in ("plan_us", "apply_us"))
+    assert all(case["step_us"]["p50"] > case["plan_us"]["p50"] for case in cases)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    table = report.planning_table(msgspec.convert(figures, PlanningFigures)).splitlines()
+    assert [line.count("|") for line in table] == [4] * 4, "two rows and a heading, two columns and a name"
+
+
+def test_fairness_serves_both_policies_the_same_arrivals_and_sees_the_difference(served, tmp_path):
+    picture = tmp_path / "fairness.png"
+    sizes = ("--prompt-tokens", "16", "--output-tokens", "48", "--vocab", "97", "--num-blocks", "16")
+    figures = bench(
+        "fairness", "--model", served, *sizes, "--minutes", "0.05", "--rate", "6000", "--plot", str(picture)
+    )
+    assert figures["bound"] == 2 * 2 * 16 * 16
+    ours, theirs = figures["runs"]
+    for run in ours, theirs:
+        slow, fast = run["tenants"]
+        assert fast["sent"] > 1.5 * slow["sent"] > 0
+        assert slow["sent"] > slow["begun"] >= slow["ended"] > 0, "it was overloaded"
+        assert run["curve"][0][1] == 0
+        assert run["largest_change"] >= run["largest_gap"]
+    assert ours["largest_change"] <= figures["bound"]
+    assert ours["largest_gap"] < theirs["largest_gap"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"the bound is {figures['bound']:,.0f}." in report.fairness_text(msgspec.convert(figures, FairnessFigures))
+
+
+def test_prefix_counts_what_is_computed_and_of_whom(served):
+    sizes = ("--requests", "6", "--shared-tokens", "64", "--own-tokens", "10", "--output-tokens", "4", "--vocab", "97")
+    figures = bench("prefix", "--model", served, *sizes, "--rounds", "1", "--prompts", "2")
+    assert figures["uncached"]["computed_prompt_tokens"] == 6 * 74
+    assert figures["cached"]["computed_prompt_tokens"] == 74 + 5 * 10
+    assert figures["saved"] == 1 - 124 / 444
+    isolation = figures["isolation"]
+    assert [isolation[name]["computed_prompt_tokens"] for name in ("cold", "warm", "other")] == [74, 74 - 64, 74]
+    assert "computes 74 of 74 tokens" in report.prefix_line(msgspec.convert(figures, PrefixFigures))

@@ -128,6 +128,50 @@ async def test_a_killed_worker_costs_nobody_a_token(tiny_model):
     assert await run(killing=True) == await run(killing=False)
 
 
+async def answers(engine: Engine, prompts: dict[str, list[int]]) -> tuple[dict[str, list[int]], int]:
+    """Outputs of sequences named ``tenant/number``, all at once, and how many prompt tokens were computed for them."""
+    reports = []
+    for id, prompt in prompts.items():
+        engine.submit(Sequence(id, prompt, max_tokens=12, tenant=id.partition("/")[0]))
+    outputs = await collect(engine, set(prompts), reports.append)
+    return outputs, sum(report.prefill_tokens for report in reports)
+
+
+async def test_a_cached_prompt_is_not_computed_again_but_for_another_tenant_all_of_it(tiny_model):
+    draw = random.Random(5)
+    prompt = [draw.randrange(3, 97) for _ in range(40)]
+    computed, texts = {}, []
+    async with Engine(tiny_config(tiny_model, max_running=2, num_blocks=64).worker()) as engine:
+        for id in ("a/cold", "a/warm", "b/after", "b/warm"):
+            outputs, computed[id] = await answers(engine, {id: prompt})
+            texts.append(outputs[id])
+    assert computed == {"a/cold": 40, "a/warm": 8, "b/after": 40, "b/warm": 8}
+    assert texts == texts[:1] * 4
+
+
+async def test_the_prefix_cache_changes_no_token(tiny_model):
+    """Prompts that share nothing, a part, or all but a token, then next turns; blocks are scarce enough to be evicted."""
+    draw = random.Random(6)
+    shared = [draw.randrange(3, 97) for _ in range(44)]
+    firsts = {
+        f"{'ab'[number % 2]}/{number}": [*shared[: 11 * (number % 5)], *draw.choices(range(3, 97), k=1 + number)]
+        for number in range(20)
+    }
+
+    async def run(*, cache: bool) -> tuple[dict[str, list[int]], int]:
+        worker = tiny_config(tiny_model, max_running=6, max_batch_tokens=32, num_blocks=48).worker()
+        async with Engine(worker, prefix_cache=cache) as engine:
+            outputs, first = await answers(engine, firsts)
+            turns = {f"{id}/next": [*firsts[id], *outputs[id], 5, 6] for id in firsts}
+            more, second = await answers(engine, turns)
+            assert engine.batcher.counters.cached_tokens > 0 or not cache
+        return outputs | more, first + second
+
+    with_cache, without = await run(cache=True), await run(cache=False)
+    assert with_cache[0] == without[0]
+    assert with_cache[1] < without[1]
+
+
 async def test_a_worker_refuses_with_the_reason(tmp_path):
     save(tiny("mamba"), tmp_path)
     with pytest.raises(WorkerRefused, match=r"mamba .*(recurrent state|layers of type)"):
