@@ -134,7 +134,7 @@ async def _watch(queue: FairQueue, samples: list[_Sample]) -> None:
     begun = time.perf_counter()
     while True:
         gap = queue.served(_FAST) - queue.served(_SLOW)
-        backlogged = {_SLOW, _FAST} <= set(queue.backlogged())
+        backlogged = queue.waits(_SLOW) and queue.waits(_FAST)
         if not samples or (samples[-1].gap, samples[-1].backlogged) != (gap, backlogged):
             samples.append(_Sample(time.perf_counter() - begun, gap, backlogged))
         await asyncio.sleep(_SAMPLE_S)
