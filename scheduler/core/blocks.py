@@ -23,7 +23,7 @@ class BlockPool:
             raise ValueError(f"a pool needs at least one block of at least one token, not {num_blocks} of {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._prefixes = PrefixIndex() if prefix_cache else None
+        self._prefixes = PrefixIndex(num_blocks) if prefix_cache else None
         self._free = list(range(num_blocks - 1, -1, -1))
         self._users = [0] * num_blocks
         self._unused: OrderedDict[int, None] = OrderedDict()
@@ -55,18 +55,6 @@ class BlockPool:
         """With how many tokens of a public prefix these begin."""
         return max((_common_len(tokens, prefix) for prefix in self._public), default=0)
 
-    def allocate(self, count: int) -> list[int]:
-        """Take ``count`` blocks, the most recently freed first. Raises OutOfBlocks."""
-        if count > self.num_free:
-            raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free of {self.num_blocks}")
-        free, users = self._free, self._users
-        taken = []
-        for _ in range(count):
-            block = free.pop() if free else self._evict()
-            users[block] = 1
-            taken.append(block)
-        return taken
-
     def free(self, blocks: list[int]) -> None:
         """Give blocks back. Raises ValueError for one that is already free."""
         for block in reversed(blocks):
@@ -81,8 +69,13 @@ class BlockPool:
                 self._free.append(block)
 
     def grow(self, sequence: Sequence, count: int) -> None:
-        """Give a sequence ``count`` more blocks. Raises OutOfBlocks."""
-        sequence.blocks += self.allocate(count)
+        """Give a sequence ``count`` more blocks, the most recently freed first. Raises OutOfBlocks."""
+        if count > self.num_free:
+            raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free of {self.num_blocks}")
+        for _ in range(count):
+            block = self._free.pop() if self._free else self._evict()
+            self._users[block] = 1
+            sequence.blocks.append(block)
         sequence.room = len(sequence.blocks) * self.block_size
 
     def reuse(self, sequence: Sequence) -> None:

@@ -13,15 +13,15 @@ class PrefixIndex:
     The first block of a chain follows node 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_blocks: int) -> None:
         self._blocks: dict[_Key, int] = {}
-        self._keys: dict[int, _Key] = {}
-        self._nodes: dict[int, int] = {}
+        self._keys: list[_Key | None] = [None] * num_blocks
+        self._nodes = [0] * num_blocks
         # Never used twice, so that nobody goes on from a block that meanwhile holds something else.
         self._last_node = 0
 
     def __contains__(self, block: int) -> bool:
-        return block in self._keys
+        return self._keys[block] is not None
 
     def find(self, node: int, salt: str, tokens: list[int]) -> int | None:
         return self._blocks.get((node, salt, tuple(tokens)))
@@ -42,9 +42,12 @@ class PrefixIndex:
 
     def forget(self, block: int) -> None:
         """The block is to hold something else."""
-        del self._blocks[self._keys.pop(block)]
+        key = self._keys[block]
+        assert key is not None
+        self._keys[block] = None
+        del self._blocks[key]
 
     def clear(self) -> None:
         """The KV is gone."""
         self._blocks.clear()
-        self._keys.clear()
+        self._keys = [None] * len(self._keys)
