@@ -23,7 +23,7 @@ class BlockPool:
             raise ValueError(f"a pool needs at least one block of at least one token, not {num_blocks} of {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._prefixes = PrefixIndex() if prefix_cache else None
+        self._prefixes = PrefixIndex(num_blocks) if prefix_cache else None
         self._free = list(range(num_blocks - 1, -1, -1))
         self._users = [0] * num_blocks
         self._unused: OrderedDict[int, None] = OrderedDict()
@@ -55,15 +55,6 @@ class BlockPool:
         """With how many tokens of a public prefix these begin."""
         return max((_common_len(tokens, prefix) for prefix in self._public), default=0)
 
-    def allocate(self, count: int) -> list[int]:
-        """Take ``count`` blocks, the most recently freed first. Raises OutOfBlocks."""
-        if count > self.num_free:
-            raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free of {self.num_blocks}")
-        taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
-        for block in taken:
-            self._users[block] = 1
-        return taken
-
     def free(self, blocks: list[int]) -> None:
         """Give blocks back. Raises ValueError for one that is already free."""
         for block in reversed(blocks):
@@ -78,8 +69,13 @@ class BlockPool:
                 self._free.append(block)
 
     def grow(self, sequence: Sequence, count: int) -> None:
-        """Give a sequence ``count`` more blocks. Raises OutOfBlocks."""
-        sequence.blocks += self.allocate(count)
+        """Give a sequence ``count`` more blocks, the most recently freed first. Raises OutOfBlocks."""
+        if count > self.num_free:
+            raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free of {self.num_blocks}")
+        for _ in range(count):
+            block = self._free.pop() if self._free else self._evict()
+            self._users[block] = 1
+            sequence.blocks.append(block)
         sequence.room = len(sequence.blocks) * self.block_size
 
     def reuse(self, sequence: Sequence) -> None:
@@ -88,14 +84,14 @@ class BlockPool:
             return
         most = (len(sequence.tokens) - 1) // self.block_size
         while sequence.known_blocks < most:
-            known = self._prefixes.find(sequence.node, *self._content(sequence, sequence.known_blocks))
-            if known is None:
+            block = self._prefixes.find(sequence.node, *self._content(sequence, sequence.known_blocks))
+            if block is None:
                 break
-            self._unused.pop(known.block, None)
-            self._users[known.block] += 1
-            sequence.blocks.append(known.block)
+            self._unused.pop(block, None)
+            self._users[block] += 1
+            sequence.blocks.append(block)
             sequence.known_blocks += 1
-            sequence.node = known.node
+            sequence.node = self._prefixes.node(block)
         sequence.computed = sequence.room = sequence.known_blocks * self.block_size
 
     def remember(self, sequence: Sequence, computed: int) -> None:
@@ -116,9 +112,9 @@ class BlockPool:
             self._prefixes.clear()
 
     def _content(self, sequence: Sequence, index: int) -> tuple[str, list[int]]:
-        """The salt and the tokens of a sequence's block: what isn't wholly public is its tenant's."""
+        """The salt and the tokens of a sequence's block: what isn't wholly public is its tenant's, whose name isn't empty."""
         end = (index + 1) * self.block_size
-        salt = "" if end <= sequence.public_len else f"tenant {sequence.tenant}"
+        salt = "" if end <= sequence.public_len else sequence.tenant
         return salt, sequence.tokens[end - self.block_size : end]
 
     def _evict(self) -> int:

@@ -157,7 +157,10 @@ class FairQueue:
         tenant.running += 1
         if not sequence.charged:
             sequence.charged = True
-            self._charge(tenant, self.price.input * (sequence.prompt_len - sequence.cached))
+            share = self.price.input * (sequence.prompt_len - sequence.cached) / tenant.weight
+            tenant.served += share
+            tenant.counter += share
+            self.highest = max(self.highest, tenant.counter)
         self.remove(sequence)
 
     def leave(self, sequence: Sequence) -> None:
@@ -166,14 +169,14 @@ class FairQueue:
 
     def charge_output(self, tokens: Mapping[str, int]) -> None:
         """So many tokens of each tenant came out."""
+        price, tenants = self.price.output, self._tenants
         for name, count in tokens.items():
-            self._charge(self._tenant(name), self.price.output * count)
-
-    def _charge(self, tenant: _Tenant, units: float) -> None:
-        share = units / tenant.weight
-        tenant.served += share
-        tenant.counter += share
-        self.highest = max(self.highest, tenant.counter)
+            tenant = tenants.get(name) or self._tenant(name)
+            share = price * count / tenant.weight
+            tenant.served += share
+            tenant.counter += share
+            if tenant.counter > self.highest:  # noqa: PLR1730 - every step, for every tenant in it: max() costs as much as the rest
+                self.highest = tenant.counter
 
     def _add(self, tenant: _Tenant, sequence: Sequence) -> None:
         tenant.waiting[sequence.rank] = sequence

@@ -7,9 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from protocol.plan import Sampling
+from scheduler.core import policies
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher
 from scheduler.core.blocks import BlockPool
+from scheduler.core.policies import PolicyName
 from scheduler.core.sequence import Sequence
 from workers.attention import choose
 from workers.model import adopt
@@ -27,6 +29,8 @@ class LocalEngine:
         blocks: int = 64,
         block_size: int = 8,
         longest: int = 128,
+        policy: PolicyName = "fair",
+        prefix_cache: bool = False,
     ) -> None:
         model = adopt(module, Path())
         device = torch.device("cpu")
@@ -34,7 +38,8 @@ class LocalEngine:
             attention, device, torch.float32, model.layers, block_size=block_size, attributes=model.attributes
         )
         backend = kind(model.layers, blocks, block_size, torch.float32, device)
-        self.batcher = Batcher(Limits(running, budget, longest), BlockPool(blocks, block_size))
+        pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
+        self.batcher = Batcher(Limits(running, budget, longest), pool, policies.create(policy))
         self.runner = Runner(model.module, backend, max_running=running, max_model_len=longest)
         self.outputs: dict[str, list[int]] = {}
 

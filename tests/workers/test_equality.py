@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from scheduler.core import policies
 from tests.workers.engine import LocalEngine, workload
 from tests.workers.models import SERVED, generate, tiny
 
@@ -43,3 +44,28 @@ def test_any_chunk_size(budget):
     for index, (prompt, length) in enumerate(requests):
         engine.submit(str(index), prompt, length)
     assert engine.finish() == expected
+
+
+@pytest.mark.parametrize("policy", policies.NAMES)
+def test_under_every_policy(policy):
+    requests = workload(seed=8, count=8, vocab=97)
+    model = tiny("llama")
+    expected = {str(index): generate(model, prompt, length) for index, (prompt, length) in enumerate(requests)}
+    engine = LocalEngine(model, running=4, budget=16, blocks=20, policy=policy)
+    for index, (prompt, length) in enumerate(requests):
+        engine.submit(str(index), prompt, length)
+    assert engine.finish() == expected
+
+
+def test_with_the_prefix_cache():
+    """Prompts that begin alike, one after the other, among preemptions."""
+    model = tiny("llama")
+    beginnings = [prompt for prompt, _ in workload(seed=9, count=2, vocab=97, longest_prompt=60)]
+    requests = [(beginnings[index % 2] + prompt, 30) for index, (prompt, _) in enumerate(workload(10, 12, 97))]
+    expected = {str(index): generate(model, prompt, length) for index, (prompt, length) in enumerate(requests)}
+    engine = LocalEngine(model, running=4, budget=16, blocks=32, longest=160, prefix_cache=True)
+    for index, (prompt, length) in enumerate(requests):
+        engine.submit(str(index), prompt, length)
+    assert engine.finish() == expected
+    assert engine.batcher.counters.cached_tokens > 100
+    assert engine.batcher.counters.preemptions > 0

@@ -211,10 +211,12 @@ def test_limits_leave_no_decode_out():
 
 def test_pool_never_hands_out_twice_nor_takes_back_twice():
     pool = BlockPool(3, 4)
-    taken = pool.allocate(2)
+    one, other = sequence("a", 3), sequence("b", 3)
+    pool.grow(one, 2)
     with pytest.raises(OutOfBlocks):
-        pool.allocate(2)
-    pool.free(taken)
+        pool.grow(other, 2)
+    pool.free(one.blocks)
     with pytest.raises(ValueError, match="free already"):
-        pool.free(taken[:1])
-    assert sorted(pool.allocate(3)) == [0, 1, 2]
+        pool.free(one.blocks[:1])
+    pool.grow(other, 3)
+    assert sorted(other.blocks) == [0, 1, 2]
