@@ -166,11 +166,15 @@ def _table(head: str, rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _spread(times: Percentiles | None) -> str:
-    return "" if times is None else f"{times.p50:.3g} / {times.p99:.3g}"
+    return "" if times is None else f"{_seconds(times.p50)} / {_seconds(times.p99)}"
 
 
 def _p99(times: Percentiles | None) -> str:
-    return "" if times is None else f"{times.p99:.3g}"
+    return "" if times is None else _seconds(times.p99)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _target(targets: Targets) -> str:
