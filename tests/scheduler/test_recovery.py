@@ -24,6 +24,7 @@ from scheduler.mqtt.egress import Egress
 from scheduler.outlook import Outlook
 from scheduler.quotas import Quota
 from scheduler.recovery import Recovery
+from tests.leads import Never
 from tests.scheduler.test_generation import INFO
 from tests.scheduler.test_text import byte_tokenizer
 
@@ -128,7 +129,7 @@ class Process:
         self._stack = await contextlib.AsyncExitStack().__aenter__()
         enter = self._stack.enter_async_context
         self.journal = await enter(Journal(self._path))
-        self.engine = Engine(CONFIG)
+        self.engine = Engine(CONFIG, lead=Never())
         self.worker = self.engine._worker = Worker(self.journal, self._fatal)
         self.worker.engine = await enter(self.engine)
         group = await enter(asyncio.TaskGroup())
