@@ -90,7 +90,7 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class StepResult(msgspec.Struct, frozen=True, tag=True):
     """``tokens``: one id per row with ``sample``, in row order. ``seconds``: the worker's own time for the step;
-    ``waited_s``: how long it had waited for the plan before, whether there was work or not.
+    ``waited_s``: from the end of the step before until it had the plan, whether there was work or not.
     """
 
     step: int

@@ -41,7 +41,7 @@ _STARTING = (
 )
 #: Exit status of a service that was stopped before everything it had accepted was answered.
 _UNANSWERED = 3
-_BENCHMARKS = ("engine", "serve", "accept", "ladder", "attention", "contention", "slow_reader")
+_BENCHMARKS = ("engine", "serve", "accept", "ladder", "attention", "contention", "slow_reader", "overlap", "overhead")
 
 
 #: Reads the settings anew, from where they came at first. Raises ConfigError.

@@ -9,6 +9,8 @@ from scheduler.estimate import Pace
 
 #: The share of its time that the worker may wait for plans.
 _WAITING = 0.01
+#: By so much an event loop's timer may be late: epoll counts in milliseconds, and is asked for whole ones.
+_TIMER_S = 0.001
 
 
 class Lead:
@@ -20,7 +22,7 @@ class Lead:
 
     def delay_s(self, tokens: int) -> float:
         """How long after a step of so many tokens has begun the next one is to be planned; may be below 0."""
-        return self._pace.fixed_s + tokens * self._pace.per_token_s - self._lead_s
+        return self._pace.fixed_s + tokens * self._pace.per_token_s - self._lead_s - _TIMER_S
 
     def observe(self, tokens: int, seconds: float, waited_s: float) -> None:
         """A step of so many tokens took so long, and the worker had waited for it so long while there was work."""

@@ -58,9 +58,10 @@ def work(runner: Runner, requests: BinaryIO, replies: BinaryIO) -> None:
                 failed = False
             case plan.StepPlan() as step if not failed:
                 answer = execute(runner, step, waited_s)
-                _write(replies, answer)
                 failed = isinstance(answer, plan.StepFailure)
-        done = time.perf_counter()
+                # From before the answer is written: while it is, the scheduler may have our core.
+                done = time.perf_counter()
+                _write(replies, answer)
 
 
 def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
