@@ -35,6 +35,7 @@ class OverheadFigures(msgspec.Struct, frozen=True):
     mean_waited_s: float
     waited_share: float
     cores: float
+    cpu_s_per_step: float
 
 
 def _metrics(port: int) -> dict[str, float]:
@@ -79,6 +80,7 @@ async def measure(workload: Workload, model: str, batch: int) -> OverheadFigures
         mean_waited_s=grown["tokenbus_step_gap_seconds_sum"] / steps,
         waited_share=grown["tokenbus_step_gap_seconds_sum"] / grown["tokenbus_step_seconds_sum"],
         cores=used_s / seconds,
+        cpu_s_per_step=used_s / steps,
     )
 
 
