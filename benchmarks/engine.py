@@ -10,12 +10,14 @@ import msgspec
 from benchmarks import cli
 from benchmarks.workload import Workload, config, load, sequence
 from protocol.plan import WorkerConfig
+from scheduler.lead import Lead
 from scheduler.loop import Engine, StepReport
 from scheduler.simulation.fit import TracedStep
 
 
 class EngineFigures(msgspec.Struct, frozen=True):
-    """``seconds`` runs from the first submission to the last token; ``mean_gap_s``: an iteration's time beside the worker's."""
+    """``seconds`` runs from the first submission to the last token. ``mean_gap_s``: an iteration's time beside the worker's;
+    ``mean_waited_s``: how long the worker waited for a step, ``waited_share`` by how long steps took."""
 
     output_tokens: int
     prompt_tokens: int
@@ -25,20 +27,25 @@ class EngineFigures(msgspec.Struct, frozen=True):
     mean_running: float
     mean_step_s: float
     mean_gap_s: float
+    mean_waited_s: float
+    waited_share: float
+    late_tokens: int
     preemptions: int
     token_ids: dict[str, list[int]]
 
 
-async def run(workload: Workload, worker: WorkerConfig) -> EngineFigures:
+async def run(workload: Workload, worker: WorkerConfig, lead: Lead | None = None) -> EngineFigures:
     """One run on a fresh worker."""
-    figures, _ = await record(workload, worker)
+    figures, _ = await record(workload, worker, lead)
     return figures
 
 
-async def record(workload: Workload, worker: WorkerConfig) -> tuple[EngineFigures, list[StepReport]]:
+async def record(
+    workload: Workload, worker: WorkerConfig, lead: Lead | None = None
+) -> tuple[EngineFigures, list[StepReport]]:
     """One run on a fresh worker, and its steps."""
     reports: list[StepReport] = []
-    async with Engine(worker) as engine:
+    async with Engine(worker, lead=lead) as engine:
         loop = asyncio.create_task(engine.run(), name="loop")
         try:
             return await _measure(workload, engine, reports), reports
@@ -63,6 +70,7 @@ async def _measure(workload: Workload, engine: Engine, reports: list[StepReport]
             raise RuntimeError(f"the worker failed on {len(report.given_up)} sequences")
     seconds = time.perf_counter() - begun
     tokens = sum(len(output) for output in outputs.values())
+    waited_s = sum(report.waited_s for report in reports)
     return EngineFigures(
         output_tokens=tokens,
         prompt_tokens=sum(len(item.prompt_token_ids) for item in workload.requests),
@@ -72,6 +80,9 @@ async def _measure(workload: Workload, engine: Engine, reports: list[StepReport]
         mean_running=sum(len(report.rows) for report in reports) / len(reports),
         mean_step_s=sum(report.seconds for report in reports) / len(reports),
         mean_gap_s=sum(report.gap_s for report in reports) / len(reports),
+        mean_waited_s=waited_s / len(reports),
+        waited_share=waited_s / sum(report.seconds for report in reports),
+        late_tokens=reports[-1].late_tokens,
         preemptions=reports[-1].preemptions,
         token_ids=outputs,
     )

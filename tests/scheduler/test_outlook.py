@@ -8,6 +8,7 @@ alike and their output limits for what they generate.
 import asyncio
 import contextlib
 import random
+from collections import deque
 
 import pytest
 
@@ -54,6 +55,7 @@ def report(*ids: str, tokens: int = 8, ok: bool = True) -> StepReport:
         at=0.0,
         seconds=TOKEN_S * tokens,
         gap_s=FIXED_S,
+        waited_s=0.0,
         rows=ids,
         prefill_tokens=tokens,
         decode_tokens=0,
@@ -200,6 +202,7 @@ class Worker:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
+        self.sent: deque[StepPlan] = deque()
 
     async def __aenter__(self):
         return self
@@ -210,7 +213,11 @@ class Worker:
     async def ping(self) -> Pong:
         return Pong()
 
-    async def step(self, plan: StepPlan) -> StepResult:
+    def send(self, plan: StepPlan) -> None:
+        self.sent.append(plan)
+
+    async def receive(self) -> StepResult:
+        plan = self.sent.popleft()
         seconds = FIXED_S + TOKEN_S * sum(row.length for row in plan.rows)
         self.clock.now += seconds
         return StepResult(plan.step, [65 for row in plan.rows if row.sample], seconds)
