@@ -13,7 +13,7 @@ from collections import deque
 import pytest
 
 from protocol.errors import DeadlineUnreachable
-from protocol.plan import Pong, StepPlan, StepResult, WorkerConfig
+from protocol.plan import Pong, StepPlan, StepResult, Work, WorkerConfig
 from protocol.request import Request
 from scheduler.core.batcher import TokenEvent
 from scheduler.core.policies.fair import Fair
@@ -59,6 +59,7 @@ def report(*ids: str, tokens: int = 8, ok: bool = True) -> StepReport:
         rows=ids,
         prefill_tokens=tokens,
         decode_tokens=0,
+        work=Work(1, tokens, tokens, tokens),
         running=0,
         waiting=0,
         kv_usage=0.0,
