@@ -13,6 +13,7 @@ from scheduler.core.blocks import BlockPool
 from scheduler.core.sequence import Sequence
 from workers.attention import choose
 from workers.model import adopt
+from workers.packing import pack
 from workers.runner import Runner
 
 
@@ -22,6 +23,7 @@ class LocalEngine:
         module: PreTrainedModel,
         *,
         attention: str = "auto",
+        weights: str = "auto",
         running: int = 8,
         budget: int = 24,
         blocks: int = 64,
@@ -33,6 +35,7 @@ class LocalEngine:
         kind = choose(
             attention, device, torch.float32, model.layers, block_size=block_size, attributes=model.attributes
         )
+        pack(model.module, weights)
         backend = kind(model.layers, blocks, block_size, torch.float32, device)
         self.batcher = Batcher(Limits(running, budget, longest), BlockPool(blocks, block_size))
         self.runner = Runner(model.module, backend, max_running=running, max_model_len=longest)
