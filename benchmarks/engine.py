@@ -3,18 +3,23 @@
 import asyncio
 import time
 from pathlib import Path
+from typing import get_args
 
 import click
 import msgspec
 
 from benchmarks import cli
+from benchmarks import floor as bare
 from benchmarks.workload import Workload, config, load, sequence
-from protocol.plan import WorkerConfig
+from protocol.plan import WeightsName, WorkerConfig
 from scheduler.loop import Engine, StepReport
 
 
 class EngineFigures(msgspec.Struct, frozen=True):
-    """``seconds`` runs from the first submission to the last token; ``mean_gap_s``: an iteration's time beside the worker's."""
+    """``seconds`` runs from the first submission to the last token; ``mean_gap_s``: an iteration's time beside the worker's.
+
+    ``floor_ratio``: the share of the worker's time that the bare matrix products of the same steps take.
+    """
 
     output_tokens: int
     prompt_tokens: int
@@ -26,19 +31,25 @@ class EngineFigures(msgspec.Struct, frozen=True):
     mean_gap_s: float
     preemptions: int
     token_ids: dict[str, list[int]]
+    floor_ratio: float | None = None
 
 
-async def run(workload: Workload, worker: WorkerConfig) -> EngineFigures:
-    """One run on a fresh worker."""
+async def run(workload: Workload, worker: WorkerConfig, *, floor: bool = False) -> EngineFigures:
+    """One run on a fresh worker; with ``floor``, the bare products of its steps after it."""
     async with Engine(worker) as engine:
         loop = asyncio.create_task(engine.run(), name="loop")
         try:
-            return await _measure(workload, engine)
+            figures, reports = await _measure(workload, engine)
         finally:
             loop.cancel()
+    if not floor:
+        return figures
+    steps = [(report.prefill_tokens + report.decode_tokens, len(report.events)) for report in reports]
+    products_s = await bare.seconds(bare.Job(worker, steps))
+    return msgspec.structs.replace(figures, floor_ratio=products_s / sum(report.seconds for report in reports))
 
 
-async def _measure(workload: Workload, engine: Engine) -> EngineFigures:
+async def _measure(workload: Workload, engine: Engine) -> tuple[EngineFigures, list[StepReport]]:
     outputs: dict[str, list[int]] = {str(item.id): [] for item in workload.requests}
     unfinished = set(outputs)
     reports: list[StepReport] = []
@@ -56,7 +67,7 @@ async def _measure(workload: Workload, engine: Engine) -> EngineFigures:
             raise RuntimeError(f"the worker failed on {len(report.given_up)} sequences")
     seconds = time.perf_counter() - begun
     tokens = sum(len(output) for output in outputs.values())
-    return EngineFigures(
+    figures = EngineFigures(
         output_tokens=tokens,
         prompt_tokens=sum(len(item.prompt_token_ids) for item in workload.requests),
         seconds=seconds,
@@ -68,14 +79,20 @@ async def _measure(workload: Workload, engine: Engine) -> EngineFigures:
         preemptions=reports[-1].preemptions,
         token_ids=outputs,
     )
+    return figures, reports
 
 
 @click.command()
 @cli.workload_option
 @cli.options
-def main(file: Path, model: str, max_running: int, max_batch_tokens: int, as_json: bool) -> None:
+@click.option("--weights", default="auto", show_default=True, type=click.Choice(get_args(WeightsName)))
+@click.option("--floor", is_flag=True, help="Time the bare matrix products of the same steps, too (CPU).")
+def main(
+    file: Path, model: str, max_running: int, max_batch_tokens: int, as_json: bool, weights: WeightsName, floor: bool
+) -> None:
     """Run a workload through the engine alone."""
-    figures = asyncio.run(run(load(file), config(model, max_running, max_batch_tokens).worker()))
+    worker = config(model, max_running, max_batch_tokens).worker()
+    figures = asyncio.run(run(load(file), msgspec.structs.replace(worker, weights=weights), floor=floor))
     cli.show(figures, as_json, hidden=("token_ids",))
 
 

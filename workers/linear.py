@@ -51,7 +51,11 @@ class PackedLinear(nn.Module):
             weight = (weight / scale[:, None]).round()
         bias = torch.zeros(self.out_features) if linear.bias is None else linear.bias.detach()
         # Plain attributes, not buffers: the kernel is handed their addresses, so nobody may move them.
-        self._tensors = (_panels(pad(weight.to(format), (0, 0, *padding)), columns), pad(scale, padding), pad(bias, padding))
+        self._tensors = (
+            _panels(pad(weight.to(format), (0, 0, *padding)), columns),
+            pad(scale, padding),
+            pad(bias, padding),
+        )
         addresses = (tensor.data_ptr() for tensor in self._tensors)
         self._linear = _Linear(*addresses, self.in_features, self.out_features, FORMATS.index(format))
 
