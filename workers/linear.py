@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 
 import torch
@@ -25,7 +25,7 @@ INT8_INPUTS = 2
 class _Linear(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "scale", "bias")),
-        *((name, c_int64) for name in ("in_features", "out_features", "format")),
+        *((name, c_int64) for name in ("in_features", "out_features", "format", "gated")),
     )
 
 
@@ -36,28 +36,27 @@ class PackedLinear(nn.Module):
     CompileError, or ValueError for a layer that doesn't fit.
     """
 
-    def __init__(self, linear: nn.Linear, format: torch.dtype = torch.float32) -> None:
+    def __init__(self, linear: nn.Linear, format: torch.dtype = torch.float32, *, up: nn.Linear | None = None) -> None:
+        """With ``up`` the output is ``silu(linear(x)) * up(x)``."""
         super().__init__()
         self.in_features, self.out_features, self.format = linear.in_features, linear.out_features, format
-        weight = linear.weight.detach()
-        if reason := unsupported(weight, format):
-            raise ValueError(reason)
         self._kernel = kernel().linear
         columns = kernel().panel_columns()
-        padding = (0, -self.out_features % columns)
-        scale = torch.ones(self.out_features)
-        if format == torch.int8:
-            scale = (weight.abs().amax(dim=1) / INT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-            weight = (weight / scale[:, None]).round()
-        bias = torch.zeros(self.out_features) if linear.bias is None else linear.bias.detach()
+        if up is None:
+            weight, scale, bias = _rows(linear, format, columns)
+        else:
+            # By turns half a panel of gates and half a panel of what they let through.
+            pairs = zip(_rows(linear, format, columns // 2), _rows(up, format, columns // 2), strict=True)
+            weight, scale, bias = (
+                torch.stack([tensor.unflatten(0, (-1, columns // 2)) for tensor in pair], 1).flatten(0, 2)
+                for pair in pairs
+            )
         # Plain attributes, not buffers: the kernel is handed their addresses, so nobody may move them.
-        self._tensors = (
-            _panels(pad(weight.to(format), (0, 0, *padding)), columns),
-            pad(scale, padding),
-            pad(bias, padding),
-        )
+        self._tensors = (_panels(weight, columns), scale, bias)
         addresses = (tensor.data_ptr() for tensor in self._tensors)
-        self._linear = _Linear(*addresses, self.in_features, self.out_features, FORMATS.index(format))
+        self._linear = _Linear(
+            *addresses, self.in_features, self.out_features, FORMATS.index(format), gated=int(up is not None)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 ``[..., in_features]`` -> ``[..., out_features]``. Raises ValueError for anything else."""
@@ -84,8 +83,24 @@ def kernel() -> ctypes.CDLL:
     """Raises CompileError."""
     library = load_library(SOURCE)
     library.linear.argtypes, library.linear.restype = (c_void_p, c_void_p, c_int64, c_void_p, c_int64), None
+    library.rms_norm.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p, c_int64)
+    library.rms_norm.restype = None
     library.panel_columns.argtypes, library.panel_columns.restype = (), c_int64
     return library
+
+
+def _rows(linear: nn.Linear, format: torch.dtype, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight in the format, scale and bias of a layer, one row for each output feature, padded with zeros to a multiple."""
+    weight = linear.weight.detach()
+    if reason := unsupported(weight, format):
+        raise ValueError(reason)
+    scale = torch.ones(linear.out_features)
+    if format == torch.int8:
+        scale = (weight.abs().amax(dim=1) / INT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+        weight = (weight / scale[:, None]).round()
+    bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+    padding = (0, -linear.out_features % multiple)
+    return pad(weight.to(format), (0, 0, *padding)), pad(scale, padding), pad(bias, padding)
 
 
 def _panels(weight: Tensor, columns: int) -> Tensor:

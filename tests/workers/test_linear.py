@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from workers.linear import FORMATS, INT8_MAX, PackedLinear
 
@@ -85,3 +85,18 @@ def test_layers_that_do_not_fit_are_refused():
         PackedLinear(layer(7, 8, bias=False, seed=1), torch.int8)
     with pytest.raises(ValueError, match="only float32 weights"):
         PackedLinear(layer(8, 8, bias=False, seed=1).bfloat16())
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.integers(1, 70), inputs=SIZES, outputs=SIZES, bias=st.booleans(), seed=st.integers(0, 99))
+def test_a_gated_layer_is_silu_times_up(rows, inputs, outputs, bias, seed):
+    gate, up = (layer(inputs, outputs, bias=bias, seed=seed + shift) for shift in (0, 1))
+    x = torch.randn(rows, inputs) * 4
+    assert relative(PackedLinear(gate, up=up)(x), silu(gate(x)) * up(x)) < 1e-5
+
+
+def test_gates_far_from_zero_are_open_or_shut():
+    gate, up = layer(1, 1, bias=False, seed=1), layer(1, 1, bias=False, seed=1)
+    gate.weight[:], up.weight[:] = 1, 1
+    x = torch.tensor([[-1e30], [-200.0], [0.0], [200.0], [1e18]])
+    torch.testing.assert_close(PackedLinear(gate, up=up)(x), silu(x) * x)

@@ -6,6 +6,7 @@
 // thread computes it.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -13,11 +14,12 @@
 
 extern "C" {
 
-// Columns in all are `out` rounded up to whole panels, padded with zeros.
+// Panels are padded with zeros. In a gated layer the first W columns of a panel are gates and the others what they let
+// through: the output is silu(gate) * up.
 struct Linear {
     const char *weight;
     const float *scale, *bias;
-    int64_t in, out, format;
+    int64_t in, out, format, gated;
 };
 }
 
@@ -61,9 +63,16 @@ struct Int8 {
     }
 };
 
-// R rows of x times one panel, into `column` and on of y.
+// x / (1 + e^-x)
+F silu(F x) {
+    const F e = exp2(select(x < 0, x, -x) * LOG2E);
+    return x * select(x < 0, e, splat(1)) / (1 + e);
+}
+
+// R rows of x times panel p, into y.
 template <class Format, int R, bool COLD>
-void tile(const Linear &linear, const float *x, const char *panel, int64_t column, float *y) {
+void tile(const Linear &linear, const float *x, int64_t p, float *y) {
+    const char *panel = linear.weight + p * (linear.in / Format::STEPS * Format::BYTES);
     F sum[R][2] = {};
     for (int64_t k = 0; k < linear.in; k += Format::STEPS, panel += Format::BYTES) {
         F b[Format::STEPS][2];
@@ -76,23 +85,29 @@ void tile(const Linear &linear, const float *x, const char *panel, int64_t colum
             }
         }
     }
-    const int64_t room = std::min<int64_t>(COLUMNS, linear.out - column);
+    const int64_t width = linear.gated ? W : COLUMNS, column = p * width;
+    const int64_t room = std::min(width, linear.out - column);
     for (int r = 0; r < R; ++r) {
-        float last[COLUMNS], *row = y + r * linear.out + column, *to = room < COLUMNS ? last : row;
         for (int i = 0; i < 2; ++i) {
-            const int64_t at = column + i * W;
-            store(to + i * W, sum[r][i] * load(linear.scale + at) + load(linear.bias + at));
+            const int64_t at = p * COLUMNS + i * W;
+            sum[r][i] = sum[r][i] * load(linear.scale + at) + load(linear.bias + at);
         }
-        if (room < COLUMNS) std::memcpy(row, last, room * sizeof(float));
+        if (linear.gated) sum[r][0] = silu(sum[r][0]) * sum[r][1];
+        float *to = y + r * linear.out + column;
+        if (room < width) {
+            std::memcpy(to, sum[r], room * sizeof(float));
+        } else {
+            for (int64_t i = 0; i * W < width; ++i) store(to + i * W, sum[r][i]);
+        }
     }
 }
 
 template <class Format, bool COLD, int R = TILE_ROWS>
-void tile_of(int64_t rows, const Linear &linear, const float *x, const char *panel, int64_t column, float *y) {
+void tile_of(int64_t rows, const Linear &linear, const float *x, int64_t p, float *y) {
     if (rows == R) {
-        tile<Format, R, COLD>(linear, x, panel, column, y);
+        tile<Format, R, COLD>(linear, x, p, y);
     } else if constexpr (R > 1) {
-        tile_of<Format, COLD, R - 1>(rows, linear, x, panel, column, y);
+        tile_of<Format, COLD, R - 1>(rows, linear, x, p, y);
     }
 }
 
@@ -106,8 +121,7 @@ struct Part {
 template <class Format>
 void multiply(const Linear &linear, const float *x, int64_t rows, float *y, int64_t threads) {
     if (rows * linear.in * linear.out <= ALONE) threads = 1;
-    const int64_t panels = ceil_div(linear.out, COLUMNS), panel_bytes = linear.in / Format::STEPS * Format::BYTES;
-    const int64_t chunks = ceil_div(rows, CHUNK_ROWS);
+    const int64_t panels = ceil_div(linear.out, linear.gated ? W : COLUMNS), chunks = ceil_div(rows, CHUNK_ROWS);
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
     for (int64_t c = 0; c < chunks; ++c) {
         for (int64_t p = 0; p < panels; ++p) {
@@ -117,8 +131,7 @@ void multiply(const Linear &linear, const float *x, int64_t rows, float *y, int6
                 const Part part(chunk.size, tiles, t);
                 const int64_t row = chunk.begin + part.begin;
                 const auto run = t ? tile_of<Format, false> : tile_of<Format, true>;
-                run(part.size, linear, x + row * linear.in, linear.weight + p * panel_bytes, p * COLUMNS,
-                    y + row * linear.out);
+                run(part.size, linear, x + row * linear.in, p, y + row * linear.out);
             }
         }
     }
@@ -126,6 +139,26 @@ void multiply(const Linear &linear, const float *x, int64_t rows, float *y, int6
 }
 
 extern "C" int64_t panel_columns() { return COLUMNS; }
+
+// y = weight * x / sqrt(mean(x^2) + epsilon) for each of `rows` rows of x.
+extern "C" void rms_norm(const float *x, int64_t rows, int64_t width, const float *weight, float epsilon, float *y,
+                         int64_t threads) {
+    if (rows * width <= ALONE / 8) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float *from = x + r * width;
+        float *to = y + r * width;
+        F squares[4] = {};
+        int64_t i = 0;
+        for (; i + 4 * W <= width; i += 4 * W) {
+            for (int n = 0; n < 4; ++n) squares[n] += load(from + i + n * W) * load(from + i + n * W);
+        }
+        float sum = reduce_add(squares[0] + squares[1] + squares[2] + squares[3]);
+        for (; i < width; ++i) sum += from[i] * from[i];
+        const float scale = 1 / std::sqrt(sum / width + epsilon);
+        for (i = 0; i < width; ++i) to[i] = weight[i] * (from[i] * scale);
+    }
+}
 
 // x: [rows, in], y: [rows, out], dense.
 extern "C" void linear(const Linear *linear, const float *x, int64_t rows, float *y, int64_t threads) {
