@@ -1,6 +1,6 @@
 """What narrow weights cost in accuracy: `python -m benchmarks.perplexity [--json]`.
 
-The text is prose that comes with Python itself, the reference pages of `pydoc`: the same for all formats, and in every installation.
+The text is prose that comes with Python itself, the reference pages of `pydoc`.
 """
 
 import math
@@ -49,8 +49,9 @@ def perplexity(name: str, weights: WeightsName, windows: int) -> float:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(model: str, windows: int, as_json: bool) -> None:
     """Compare the perplexity of a fixed text between the ways to hold a model's weights."""
-    names: list[WeightsName] = [name for name in get_args(WeightsName) if name != "auto"]
-    found = {name: perplexity(model, name, windows) for name in names}
+    found: dict[str, float] = {
+        name: perplexity(model, name, windows) for name in get_args(WeightsName) if name != "auto"
+    }
     ratios = {name: value / found[PLAIN] for name, value in found.items()}
     cli.show(Perplexities(windows * (WINDOW - 1), found, ratios), as_json)
 

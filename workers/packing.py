@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def pack(module: PreTrainedModel, weights: WeightsName) -> torch.dtype:
     reason = _unsupported(module, format)
     if reason is None:
         for build in (_packed_mlp, _norm, _packed_linear):
-            _replace(module, lambda layer, build=build: build(layer, format))
+            _replace(module, partial(build, format))
         logger.info("linear layers packed as %s", format)
         return format
     if weights != "auto":
@@ -79,12 +80,12 @@ def _replace(module: nn.Module, build: Callable[[nn.Module], nn.Module | None]) 
         del child
 
 
-def _packed_linear(layer: nn.Module, format: torch.dtype) -> nn.Module | None:
+def _packed_linear(format: torch.dtype, layer: nn.Module) -> nn.Module | None:
     # A subclass does something else besides.
     return PackedLinear(layer, format) if type(layer) is nn.Linear else None
 
 
-def _packed_mlp(layer: nn.Module, format: torch.dtype) -> nn.Module | None:
+def _packed_mlp(format: torch.dtype, layer: nn.Module) -> nn.Module | None:
     """Whatever has a gate, an up and a down projection, and multiplies as we would."""
     gate, up, down = (getattr(layer, f"{name}_proj", None) for name in ("gate", "up", "down"))
     if not (type(gate) is type(up) is type(down) is nn.Linear):
@@ -94,7 +95,7 @@ def _packed_mlp(layer: nn.Module, format: torch.dtype) -> nn.Module | None:
     return PackedMLP(gate, up, down, format)
 
 
-def _norm(layer: nn.Module, _: torch.dtype) -> nn.Module | None:
+def _norm(_: torch.dtype, layer: nn.Module) -> nn.Module | None:
     """Whatever is called an RMSNorm, and is one: some add 1 to their weight."""
     epsilon = getattr(layer, "variance_epsilon", None) or getattr(layer, "eps", None)
     weight = getattr(layer, "weight", None)

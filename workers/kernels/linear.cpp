@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
 #include "simd.h"
 
@@ -61,6 +63,18 @@ struct Int8 {
         const U word = *reinterpret_cast<const Words *>(p);
         for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = __builtin_convertvector((I)(word << (24 - 8 * i)) >> 24, F);
     }
+
+    // Eight bits fit a bfloat16 exactly.
+    static void widen(const char *p, int64_t in, char *wide) {
+        for (int64_t k = 0; k < in; k += STEPS, p += BYTES) {
+            F b[STEPS][2];
+            unpack(p, b);
+            __builtin_prefetch(p + AHEAD);
+            for (int s = 0; s < STEPS; ++s, wide += Bfloat16::BYTES) {
+                *reinterpret_cast<Words *>(wide) = (U)b[s][0] >> 16 | (U)b[s][1];
+            }
+        }
+    }
 };
 
 // x / (1 + e^-x)
@@ -69,10 +83,9 @@ F silu(F x) {
     return x * select(x < 0, e, splat(1)) / (1 + e);
 }
 
-// R rows of x times panel p, into y.
+// R rows of x times panel p, which lies at `panel`, into y.
 template <class Format, int R, bool COLD>
-void tile(const Linear &linear, const float *x, int64_t p, float *y) {
-    const char *panel = linear.weight + p * (linear.in / Format::STEPS * Format::BYTES);
+void tile(const Linear &linear, const float *x, const char *panel, int64_t p, float *y) {
     F sum[R][2] = {};
     for (int64_t k = 0; k < linear.in; k += Format::STEPS, panel += Format::BYTES) {
         F b[Format::STEPS][2];
@@ -103,11 +116,11 @@ void tile(const Linear &linear, const float *x, int64_t p, float *y) {
 }
 
 template <class Format, bool COLD, int R = TILE_ROWS>
-void tile_of(int64_t rows, const Linear &linear, const float *x, int64_t p, float *y) {
+void tile_of(int64_t rows, const Linear &linear, const float *x, const char *panel, int64_t p, float *y) {
     if (rows == R) {
-        tile<Format, R, COLD>(linear, x, p, y);
+        tile<Format, R, COLD>(linear, x, panel, p, y);
     } else if constexpr (R > 1) {
-        tile_of<Format, COLD, R - 1>(rows, linear, x, p, y);
+        tile_of<Format, COLD, R - 1>(rows, linear, x, panel, p, y);
     }
 }
 
@@ -118,6 +131,25 @@ struct Part {
         : begin(whole * index / count), size(whole * (index + 1) / count - begin) {}
 };
 
+// All of a chunk's rows times panel p.
+template <class Format>
+void pass(const Linear &linear, const float *x, int64_t rows, const char *panel, int64_t p, float *y) {
+    const int64_t tiles = ceil_div(rows, TILE_ROWS);
+    if constexpr (std::is_same_v<Format, Int8>) {
+        if (tiles > 2) {
+            static thread_local std::vector<char> wide;
+            wide.resize(linear.in * Bfloat16::BYTES);
+            Int8::widen(panel, linear.in, wide.data());
+            return pass<Bfloat16>(linear, x, rows, wide.data(), p, y);
+        }
+    }
+    for (int64_t t = 0; t < tiles; ++t) {
+        const Part part(rows, tiles, t);
+        const auto run = t ? tile_of<Format, false, TILE_ROWS> : tile_of<Format, true, TILE_ROWS>;
+        run(part.size, linear, x + part.begin * linear.in, panel, p, y + part.begin * linear.out);
+    }
+}
+
 template <class Format>
 void multiply(const Linear &linear, const float *x, int64_t rows, float *y, int64_t threads) {
     if (rows * linear.in * linear.out <= ALONE) threads = 1;
@@ -126,13 +158,8 @@ void multiply(const Linear &linear, const float *x, int64_t rows, float *y, int6
     for (int64_t c = 0; c < chunks; ++c) {
         for (int64_t p = 0; p < panels; ++p) {
             const Part chunk(rows, chunks, c);
-            const int64_t tiles = ceil_div(chunk.size, TILE_ROWS);
-            for (int64_t t = 0; t < tiles; ++t) {
-                const Part part(chunk.size, tiles, t);
-                const int64_t row = chunk.begin + part.begin;
-                const auto run = t ? tile_of<Format, false> : tile_of<Format, true>;
-                run(part.size, linear, x + row * linear.in, p, y + row * linear.out);
-            }
+            const char *panel = linear.weight + p * (linear.in / Format::STEPS * Format::BYTES);
+            pass<Format>(linear, x + chunk.begin * linear.in, chunk.size, panel, p, y + chunk.begin * linear.out);
         }
     }
 }
