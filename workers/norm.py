@@ -11,7 +11,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, weight: Tensor, epsilon: float) -> None:
         super().__init__()
-        self._weight, self._epsilon = weight.detach().contiguous(), epsilon
+        self._weight, self._epsilon = weight.detach().clone(), epsilon
         self._kernel = kernel().rms_norm
 
     def forward(self, x: Tensor) -> Tensor:

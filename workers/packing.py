@@ -52,6 +52,9 @@ def pack(module: PreTrainedModel, weights: WeightsName) -> torch.dtype:
     if reason is None:
         for build in (_packed_mlp, _norm, _packed_linear):
             _replace(module, partial(build, format))
+        for parameter in module.parameters():
+            # What is left may be a view of the weights' whole file in memory.
+            parameter.data = parameter.data.clone()
         logger.info("linear layers packed as %s", format)
         return format
     if weights != "auto":
