@@ -21,6 +21,7 @@ _LENGTH = struct.Struct(">I")
 
 AttentionName = Literal["auto", "reference", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+WeightsName = Literal["auto", "plain", "float32", "bfloat16", "int8"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
@@ -37,6 +38,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     max_running: int
     max_batch_tokens: int
     max_model_len: int | None
+    weights: WeightsName = "auto"
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):

@@ -25,7 +25,7 @@ _STOP_S = 5.0
 
 #: OpenMP threads spin at every barrier; when another process has one of their cores, each barrier would cost a time slice.
 #: A short spin costs nothing alone and keeps the worker usable on a shared machine (docs/decisions/0004-shared-cores.md).
-_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
+ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 
 
 class WorkerDied(Exception):
@@ -58,7 +58,7 @@ class Worker:
             "workers",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=_ENVIRONMENT | os.environ,
+            env=ENVIRONMENT | os.environ,
         )
         try:
             self._write(self._config)
