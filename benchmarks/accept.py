@@ -4,26 +4,21 @@ The service runs in a process of its own, as it would; publishers, broker, servi
 """
 
 import asyncio
-import contextlib
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import click
 import msgspec
 
 from benchmarks import cli
+from benchmarks.process import serving
 from protocol import replies, topics
-from protocol.client import Client
 from protocol.replies import Accepted
 from protocol.request import Request, encode_request
 from protocol.transport import BrokerAddress, Transport
 from scheduler.mqtt.broker import EmbeddedBroker
-
-_UP_S = 120.0
 
 
 class AcceptFigures(msgspec.Struct, frozen=True):
@@ -35,22 +30,6 @@ class AcceptFigures(msgspec.Struct, frozen=True):
     accepts_per_s: float
     journal_off_accepts_per_s: float
     share_of_journal_off: float
-
-
-@contextlib.asynccontextmanager
-async def _service(folder: Path, url: str, settings: dict[str, object]) -> AsyncIterator[None]:
-    arguments = [f"--set={name}={value}" for name, value in settings.items()]
-    arguments += [f"--set=broker.url={url}", f"--set=broker.data_dir={folder}", "--set=metrics.port=0"]
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "scheduler.cli", "serve", "--set=service.log_level=warning", *arguments)
-    )
-    try:
-        async with asyncio.timeout(_UP_S), Client(url, tenant="probe") as client:
-            await client.wait_online()
-        yield
-    finally:
-        process.kill()
-        await process.wait()
 
 
 async def _publisher(url: str, tenant: str, count: int, go: asyncio.Event, ready: asyncio.Semaphore) -> float:
@@ -95,7 +74,7 @@ async def _round(model: str, publishers: int, requests: int, *, journal: bool) -
             settings["journal.path"] = "off"
         async with (
             EmbeddedBroker(data_dir=folder / "broker") as broker,
-            _service(folder, broker.url, settings),
+            serving(folder, broker.url, settings),
             asyncio.TaskGroup() as group,
         ):
             go, ready = asyncio.Event(), asyncio.Semaphore(0)

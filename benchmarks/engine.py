@@ -3,19 +3,25 @@
 import asyncio
 import time
 from pathlib import Path
+from typing import get_args
 
 import click
 import msgspec
 
 from benchmarks import cli
+from benchmarks import floor as bare
 from benchmarks.workload import Workload, config, load, sequence
-from protocol.plan import WorkerConfig
+from protocol.plan import WeightsName, WorkerConfig
+from scheduler.lead import Lead
 from scheduler.loop import Engine, StepReport
 from scheduler.simulation.fit import TracedStep
 
 
 class EngineFigures(msgspec.Struct, frozen=True):
-    """``seconds`` runs from the first submission to the last token; ``mean_gap_s``: an iteration's time beside the worker's."""
+    """``seconds`` runs from the first submission to the last token. ``mean_gap_s``: an iteration's time beside the worker's;
+    ``mean_waited_s``: how long the worker waited for a step, ``waited_share`` by how long steps took. ``floor_ratio``: the share
+    of the worker's time that the bare matrix products of the same steps take.
+    """
 
     output_tokens: int
     prompt_tokens: int
@@ -25,20 +31,26 @@ class EngineFigures(msgspec.Struct, frozen=True):
     mean_running: float
     mean_step_s: float
     mean_gap_s: float
+    mean_waited_s: float
+    waited_share: float
+    late_tokens: int
     preemptions: int
     token_ids: dict[str, list[int]]
+    floor_ratio: float | None = None
 
 
-async def run(workload: Workload, worker: WorkerConfig) -> EngineFigures:
+async def run(workload: Workload, worker: WorkerConfig, lead: Lead | None = None) -> EngineFigures:
     """One run on a fresh worker."""
-    figures, _ = await record(workload, worker)
+    figures, _ = await record(workload, worker, lead)
     return figures
 
 
-async def record(workload: Workload, worker: WorkerConfig) -> tuple[EngineFigures, list[StepReport]]:
+async def record(
+    workload: Workload, worker: WorkerConfig, lead: Lead | None = None
+) -> tuple[EngineFigures, list[StepReport]]:
     """One run on a fresh worker, and its steps."""
     reports: list[StepReport] = []
-    async with Engine(worker) as engine:
+    async with Engine(worker, lead=lead) as engine:
         loop = asyncio.create_task(engine.run(), name="loop")
         try:
             return await _measure(workload, engine, reports), reports
@@ -63,6 +75,7 @@ async def _measure(workload: Workload, engine: Engine, reports: list[StepReport]
             raise RuntimeError(f"the worker failed on {len(report.given_up)} sequences")
     seconds = time.perf_counter() - begun
     tokens = sum(len(output) for output in outputs.values())
+    waited_s = sum(report.waited_s for report in reports)
     return EngineFigures(
         output_tokens=tokens,
         prompt_tokens=sum(len(item.prompt_token_ids) for item in workload.requests),
@@ -72,9 +85,18 @@ async def _measure(workload: Workload, engine: Engine, reports: list[StepReport]
         mean_running=sum(len(report.rows) for report in reports) / len(reports),
         mean_step_s=sum(report.seconds for report in reports) / len(reports),
         mean_gap_s=sum(report.gap_s for report in reports) / len(reports),
+        mean_waited_s=waited_s / len(reports),
+        waited_share=waited_s / sum(report.seconds for report in reports),
+        late_tokens=reports[-1].late_tokens,
         preemptions=reports[-1].preemptions,
         token_ids=outputs,
     )
+
+
+def _floor_ratio(worker: WorkerConfig, reports: list[StepReport]) -> float:
+    steps = [(report.work.tokens, len(report.events)) for report in reports]
+    products_s = asyncio.run(bare.seconds(bare.Job(worker, steps)))
+    return products_s / sum(report.seconds for report in reports)
 
 
 def _traced(report: StepReport) -> TracedStep:
@@ -85,10 +107,24 @@ def _traced(report: StepReport) -> TracedStep:
 @click.command()
 @cli.workload_option
 @cli.options
+@click.option("--weights", default="auto", show_default=True, type=click.Choice(get_args(WeightsName)))
+@click.option("--floor", is_flag=True, help="Time the bare matrix products of the same steps, too (CPU).")
 @click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Write a JSON line for each step here.")
-def main(file: Path, model: str, max_running: int, max_batch_tokens: int, as_json: bool, trace: Path | None) -> None:
+def main(
+    file: Path,
+    model: str,
+    max_running: int,
+    max_batch_tokens: int,
+    as_json: bool,
+    weights: WeightsName,
+    floor: bool,
+    trace: Path | None,
+) -> None:
     """Run a workload through the engine alone."""
-    figures, reports = asyncio.run(record(load(file), config(model, max_running, max_batch_tokens).worker()))
+    worker = msgspec.structs.replace(config(model, max_running, max_batch_tokens).worker(), weights=weights)
+    figures, reports = asyncio.run(record(load(file), worker))
+    if floor:
+        figures = msgspec.structs.replace(figures, floor_ratio=_floor_ratio(worker, reports))
     if trace is not None:
         trace.write_bytes(msgspec.json.Encoder().encode_lines([_traced(report) for report in reports]))
     cli.show(figures, as_json, hidden=("token_ids",))

@@ -1,9 +1,10 @@
-"""Writes the figures of benchmarks/results/ into README.md and docs/scale.md, between their markers; none there is typed by hand.
+"""Writes the figures of benchmarks/results/ into README.md and pages of docs/, between their markers; none is typed by hand.
 
 ``python -m benchmarks.report`` after ``tokenbus bench ladder --json > benchmarks/results/ladder.json`` and
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
 ``accept.json`` is ``bench accept``. ``planning.json``, ``fairness.json`` and ``prefix.json`` are the benchmarks of those
-names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, simulated.
+names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
+``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
 """
 
 import re
@@ -21,6 +22,8 @@ from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
 from benchmarks.scale import ScaleFigures
 from benchmarks.serve import ServeFigures
+from scheduler.simulation import figures as simulated
+from scheduler.simulation.suites import SuiteFigures, TimeToFirst
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -105,6 +108,29 @@ def _ttft(tenants: list[TenantFigures]) -> str:
     return " / ".join("none" if tenant.ttft_s is None else f"{tenant.ttft_s.p50:.1f} s" for tenant in tenants)
 
 
+def suites_table(suites: list[SuiteFigures]) -> str:
+    lines = [
+        "| suite | largest difference | bound | first come, first served | output tokens/s to its |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {suite.name} | {suite.max_service_gap:,.0f} | {suite.service_gap_bound:,.0f} | {suite.fcfs_max_service_gap:,.0f} "
+        f"| {suite.throughput_ratio:.1%} |"
+        for suite in suites
+    ]
+    return "\n".join([*lines, "", *(_victim(suite.ttft_s) for suite in suites if suite.ttft_s is not None)])
+
+
+def _victim(first: TimeToFirst) -> str:
+    def seconds(times: simulated.Percentiles | None) -> str:
+        return "none" if times is None else f"{times.p50:.2f} s / {times.p99:.2f} s"
+
+    return (
+        f"TTFT of the flood's {first.tenant}, p50 / p99: alone {seconds(first.alone)}, ours {seconds(first.fair)}, "
+        f"first come, first served {seconds(first.fcfs)}."
+    )
+
+
 def prefix_line(figures: PrefixFigures) -> str:
     burst, cached, uncached, isolation = figures.burst, figures.cached, figures.uncached, figures.isolation
     return (
@@ -148,6 +174,9 @@ PAGES: dict[str, dict[str, Text]] = {
         "prefix": lambda: _when_measured("prefix.json", PrefixFigures, prefix_line),
         "planning": lambda: _when_measured("planning.json", PlanningFigures, planning_table),
         "directions": _simulated(scale_text.directions_table),
+    },
+    "docs/scheduling.md": {
+        "suites": lambda: suites_table(_read("suites.json", list[SuiteFigures])),
     },
     "docs/scale.md": {
         "load": _simulated(scale_text.load_text),

@@ -4,6 +4,9 @@ Frames are a 4-byte big-endian length and a msgpack body. The scheduler writes o
 worker answers one `WorkerInfo` when it is ready, then one `StepResult` or `StepFailure` per plan, in order. An idle worker is
 asked for a `Pong` now and then. A worker that can't start sends one `StartFailure` and exits.
 
+Plans may be sent ahead of answers. Those that follow one that failed were made as if it had passed, so from a `StepFailure` on
+the worker skips plans, without an answer, until a `Resume`.
+
 The worker keeps one *slot* per running sequence: its block table, its sampling parameters and the last token sampled for
 it. A plan sends only what changed.
 """
@@ -18,6 +21,7 @@ _LENGTH = struct.Struct(">I")
 
 AttentionName = Literal["auto", "reference", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+WeightsName = Literal["auto", "plain", "float32", "bfloat16", "int8"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
@@ -34,6 +38,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     max_running: int
     max_batch_tokens: int
     max_model_len: int | None
+    weights: WeightsName = "auto"
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -98,16 +103,23 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
         return Work(len(starts), tokens, context, context + rest // 2)
 
 
+class Resume(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The failure is known; the plans from here on take it into account."""
+
+
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Are you there?"""
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True):
-    """``tokens``: one id per row with ``sample``, in row order. ``seconds``: the worker's own time for the step."""
+    """``tokens``: one id per row with ``sample``, in row order. ``seconds``: the worker's own time for the step;
+    ``waited_s``: from the end of the step before until it had the plan, whether there was work or not.
+    """
 
     step: int
     tokens: list[int]
     seconds: float
+    waited_s: float = 0.0
 
 
 class StepFailure(msgspec.Struct, frozen=True, tag=True):
@@ -138,7 +150,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
     attention: str
 
 
-Command = StepPlan | Ping
+Command = StepPlan | Resume | Ping
 Reply = WorkerInfo | StepResult | StepFailure | Pong | StartFailure
 
 encode = msgspec.msgpack.Encoder().encode

@@ -54,6 +54,8 @@ _BENCHMARKS = (
     "fairness",
     "prefix",
     "scale",
+    "overlap",
+    "overhead",
 )
 
 

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from protocol import topics
-from protocol.plan import AttentionName, DtypeName, WorkerConfig
+from protocol.plan import AttentionName, DtypeName, WeightsName, WorkerConfig
 from protocol.transport import BrokerAddress
 from scheduler.core.policies import PolicyName
 from scheduler.quotas import Quota
@@ -34,11 +34,15 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelConfig(Section, frozen=True):
-    """What is served. ``alias`` is its name in topics; ``path`` a directory of safetensors, or the demo model's name."""
+    """What is served. ``alias`` is its name in topics; ``path`` a directory of safetensors, or the demo model's name.
+
+    ``weights``: how linear layers hold theirs on the CPU, beside activations in float32; ``plain``: as torch does.
+    """
 
     alias: str = "smollm2"
     path: str = "smollm2"
     dtype: DtypeName = "auto"
+    weights: WeightsName = "auto"
     device: str = "auto"
     attention: AttentionName = "auto"
     threads: Count | None = None
@@ -191,6 +195,7 @@ class Config(Section, frozen=True):
         return WorkerConfig(
             model=model.path,
             dtype=model.dtype,
+            weights=model.weights,
             device=model.device,
             attention=model.attention,
             threads=model.threads,

@@ -1,19 +1,25 @@
-"""The iteration loop: plan a step, have the worker run it, apply what came out, say what happened, again."""
+"""The iteration loop: plan a step, have the worker run it, apply what came out, say what happened, again.
+
+While the worker runs a step the next one is planned and sent, as late as may be (``lead.py``), so that the worker goes on at once
+and what came of the step before is published meanwhile. A step that fails makes those sent after it void.
+"""
 
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
-from protocol.plan import StepFailure, StepPlan, Work, WorkerConfig, WorkerInfo
+from protocol.plan import StepFailure, StepPlan, StepResult, Work, WorkerConfig, WorkerInfo
 from protocol.transport import delays
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher, Start, TokenEvent
 from scheduler.core.blocks import BlockPool
 from scheduler.core.policies.base import Policy
 from scheduler.core.sequence import Sequence
+from scheduler.lead import Lead
 from scheduler.worker import Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
@@ -41,15 +47,17 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` all the rest of the iteration: planning,
-    the way to the worker and back, applying. ``prefill_tokens`` were computed; ``starts`` says what the prefix cache spared those
-    who ran for the first time. ``ok`` is false for a step that failed.
+    """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` the rest of the time since the result before, or
+    since there was work; it is negative when that result was read late. ``waited_s``: how long the worker had waited for the plan
+    while there was work. ``prefill_tokens`` were computed; ``starts`` says what the prefix cache spared those who ran for the
+    first time. ``ok`` is false for a step that failed.
     """
 
     step: int
     at: float
     seconds: float
     gap_s: float
+    waited_s: float
     rows: tuple[str, ...]
     prefill_tokens: int
     decode_tokens: int
@@ -69,19 +77,27 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """A step under way, and who was in it: once it has failed the batcher no longer tells."""
+class _Step:
+    """A step in the worker's pipe, and who is in it: once it has failed the batcher no longer tells.
+
+    ``after_rest``: there was no work before it.
+    """
 
     plan: StepPlan
     rows: tuple[str, ...]
     starts: list[Start]
-    begun: float
+    after_rest: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.length for row in self.plan.rows)
 
 
 class Engine:
     """Batcher and worker together; use as ``async with Engine(config) as engine``, with ``engine.run()`` in a task.
 
-    ``reports`` holds one StepReport per iteration, for one consumer. Entering raises WorkerRefused or WorkerDied.
+    ``reports`` holds one StepReport per iteration, for one consumer. ``lead`` says when the next step is planned while one runs.
+    Entering raises WorkerRefused or WorkerDied.
     """
 
     info: WorkerInfo
@@ -94,12 +110,17 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         *,
         prefix_cache: bool = True,
+        lead: Lead | None = None,
     ) -> None:
         self._config = config
         self._policy = policy
         self._patience = patience
         self._prefix_cache = prefix_cache
         self._clock = clock
+        self._lead = lead or Lead()
+        self._in_flight: deque[_Step] = deque()
+        self._resting = True
+        self._busy_since = 0.0
         self._worker = Worker(config, patience.answer_s)
         self._work_came = asyncio.Event()
         self._pauses = delays()
@@ -144,15 +165,49 @@ class Engine:
     async def run(self) -> None:
         """Iterate for ever; sleeps while there is nothing to compute."""
         while True:
-            begun = self._clock()
-            plan = self.batcher.plan()
-            if plan is None:
-                await self._rest()
+            if self._in_flight or self._send_next():
+                await self._finish_oldest()
             else:
-                await self._iterate(plan, begun)
+                await self._rest()
+
+    def _send_next(self) -> bool:
+        """Plan a step and put it into the worker's pipe; says whether there was anything to compute."""
+        begun = self._clock()
+        plan = self.batcher.plan()
+        if plan is None:
+            return False
+        self._worker.send(plan)
+        rows, starts = tuple(self.batcher.row_ids(plan)), self.batcher.starts(plan)
+        self._in_flight.append(_Step(plan, rows, starts, after_rest=self._resting))
+        if self._resting:
+            self._resting, self._busy_since = False, begun
+        return True
+
+    async def _finish_oldest(self) -> None:
+        """Wait for the oldest step in flight, and see what came of it."""
+        try:
+            answer = await self._answer()
+        except WorkerDied as error:
+            self._fail(str(error), crashed=True)
+            await self._restart_worker()
+            return
+        if isinstance(answer, StepFailure):
+            self._fail(answer.error, crashed=False)
+        else:
+            self._apply(answer)
+
+    async def _answer(self) -> StepResult | StepFailure:
+        """The answer to the one step in flight. If it isn't there by then, the next step is sent when it is time for that."""
+        try:
+            async with asyncio.timeout(self._lead.delay_s(self._in_flight[0].tokens)):
+                return await self._worker.receive()
+        except TimeoutError:
+            self._send_next()
+        return await self._worker.receive()
 
     async def _rest(self) -> None:
         """Wait for work; now and then see whether the worker is still there."""
+        self._resting = True
         self._work_came.clear()
         try:
             async with asyncio.timeout(self._patience.heartbeat_s):
@@ -162,33 +217,32 @@ class Engine:
                 await self._worker.ping()
             except WorkerDied as error:
                 logger.error("the idle worker died: %s", error)
+                self.batcher.restart()
                 await self._restart_worker()
 
-    async def _iterate(self, plan: StepPlan, begun: float) -> None:
-        planned = _Planned(plan, tuple(self.batcher.row_ids(plan)), self.batcher.starts(plan), begun)
-        try:
-            result = await self._worker.step(plan)
-        except WorkerDied as error:
-            self._report(planned, given_up=self._fail(plan, str(error), crashed=True))
-            await self._restart_worker()
-            return
-        if isinstance(result, StepFailure):
-            self._report(planned, given_up=self._fail(plan, result.error, crashed=False))
-        else:
-            self._pauses = delays()
-            self._report(planned, result.seconds, self.batcher.apply(result.step, result.tokens))
+    def _apply(self, result: StepResult) -> None:
+        self._pauses = delays()
+        step = self._in_flight.popleft()
+        waited_s = 0.0 if step.after_rest else result.waited_s
+        self._lead.observe(step.tokens, result.seconds, waited_s)
+        events = self.batcher.apply(result.step, result.tokens)
+        self._report(step, step.starts, seconds=result.seconds, waited_s=waited_s, events=events)
 
-    def _fail(self, plan: StepPlan, error: str, *, crashed: bool) -> list[Failure]:
-        """Have the batcher look for the one at fault, and give it up when this was its last attempt."""
+    def _fail(self, error: str, *, crashed: bool) -> None:
+        """The oldest step failed, the others are void: the batcher looks for the one at fault, which may have no attempt left."""
+        steps = list(self._in_flight)
+        self._in_flight.clear()
         failed = self.batcher.fail(lost=crashed)
-        logger.error("step %d failed with %d sequences in it: %s", plan.step, len(failed), error)
-        if len(failed) != 1 or failed[0].failures < self._patience.attempts:
-            return []
-        self.batcher.end(failed[0].id)
-        return [Failure(failed[0].id, error, crashed, failed[0].failures)]
+        logger.error("step %d failed with %d sequences in it: %s", steps[0].plan.step, len(failed), error)
+        given_up = []
+        if len(failed) == 1 and failed[0].failures >= self._patience.attempts:
+            self.batcher.end(failed[0].id)
+            given_up = [Failure(failed[0].id, error, crashed, failed[0].failures)]
+        self._report(steps[0], [start for step in steps for start in step.starts], ok=False, given_up=given_up)
 
     async def _restart_worker(self) -> None:
         self.worker_up = False
+        self._resting = True
         await self._worker.__aexit__(None, None, None)
         while True:
             await asyncio.sleep(next(self._pauses))
@@ -204,25 +258,30 @@ class Engine:
 
     def _report(
         self,
-        planned: _Planned,
-        seconds: float | None = None,
+        step: _Step,
+        starts: list[Start],
+        *,
+        seconds: float = 0.0,
+        waited_s: float = 0.0,
+        ok: bool = True,
         events: list[TokenEvent] | None = None,
         given_up: list[Failure] | None = None,
     ) -> None:
         batcher, now = self.batcher, self._clock()
-        plan = planned.plan
-        decodes = sum(1 for row in plan.rows if not row.tokens)
+        since, self._busy_since = self._busy_since, now
+        decodes = sum(1 for row in step.plan.rows if not row.tokens)
         self.reports.put_nowait(
             StepReport(
-                step=plan.step,
+                step=step.plan.step,
                 at=now,
-                seconds=seconds or 0.0,
-                gap_s=now - planned.begun - (seconds or 0.0),
-                rows=planned.rows,
-                starts=planned.starts,
-                prefill_tokens=sum(row.length for row in plan.rows) - decodes,
+                seconds=seconds,
+                gap_s=now - since - seconds,
+                waited_s=waited_s,
+                rows=step.rows,
+                starts=starts,
+                prefill_tokens=step.tokens - decodes,
                 decode_tokens=decodes,
-                work=plan.work(),
+                work=step.plan.work(),
                 running=len(batcher.running),
                 waiting=batcher.num_waiting,
                 kv_usage=1 - batcher.pool.num_free / batcher.pool.num_blocks,
@@ -231,7 +290,7 @@ class Engine:
                 late_tokens=batcher.counters.late_tokens,
                 cached_tokens=batcher.counters.cached_tokens,
                 worker_restarts=self.worker_restarts,
-                ok=seconds is not None,
+                ok=ok,
                 events=events or [],
                 given_up=given_up or [],
             )

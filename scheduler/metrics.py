@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from scheduler.loop import StepReport
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
+_GAP_SECONDS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _TTFT_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -69,7 +70,10 @@ class Metrics:
         )
         self.step = Histogram("tokenbus_step_seconds", "Worker time of a step", buckets=_SECONDS, registry=registry)
         self.gap = Histogram(
-            "tokenbus_step_gap_seconds", "Time of a step outside the worker", buckets=_SECONDS, registry=registry
+            "tokenbus_step_gap_seconds",
+            "How long the worker waited for its next step while there was work",
+            buckets=_GAP_SECONDS,
+            registry=registry,
         )
         self.batch_size = Histogram("tokenbus_batch_rows", "Sequences in a step", buckets=_ROWS, registry=registry)
         self._totals = dict.fromkeys(("preemptions", "recompute", "ended", "cached", "restarts"), 0)
@@ -89,7 +93,7 @@ class Metrics:
     def _observe_work(self, report: StepReport) -> None:
         self.batch_size.observe(len(report.rows))
         self.step.observe(report.seconds)
-        self.gap.observe(report.gap_s)
+        self.gap.observe(report.waited_s)
         self.tokens.labels("prefill").inc(report.prefill_tokens)
         self.tokens.labels("decode").inc(report.decode_tokens)
         self.tokens.labels("generated").inc(len(report.events))

@@ -8,13 +8,24 @@ from types import TracebackType
 from typing import Self
 
 from protocol import plan
-from protocol.plan import Command, Ping, Pong, Reply, StepFailure, StepPlan, StepResult, WorkerConfig, WorkerInfo
+from protocol.plan import (
+    Command,
+    Ping,
+    Pong,
+    Reply,
+    Resume,
+    StepFailure,
+    StepPlan,
+    StepResult,
+    WorkerConfig,
+    WorkerInfo,
+)
 
 _STOP_S = 5.0
 
 #: OpenMP threads spin at every barrier; when another process has one of their cores, each barrier would cost a time slice.
 #: A short spin costs nothing alone and keeps the worker usable on a shared machine (docs/decisions/0004-shared-cores.md).
-_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
+ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 
 
 class WorkerDied(Exception):
@@ -36,7 +47,9 @@ class Worker:
     def __init__(self, config: WorkerConfig, patience_s: float) -> None:
         self._config = config
         self._patience_s = patience_s
-        self._asked_at: float | None = None
+        self._owed = 0
+        self._owing_since: float | None = None
+        self._header: bytes | None = None
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
@@ -45,11 +58,11 @@ class Worker:
             "workers",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=_ENVIRONMENT | os.environ,
+            env=ENVIRONMENT | os.environ,
         )
         try:
-            self._send(self._config)
-            self.info = _ready(await self._receive())
+            self._write(self._config)
+            self.info = _ready(await self._read())
         except BaseException:
             await self._stop()
             raise
@@ -67,45 +80,66 @@ class Worker:
     @property
     def owes_since_s(self) -> float:
         """For how long an answer has been due."""
-        return 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
+        return 0.0 if self._owing_since is None else time.monotonic() - self._owing_since
 
-    async def step(self, step: StepPlan) -> StepResult | StepFailure:
-        """Execute one plan. Raises WorkerDied."""
-        answer = await self._ask(step)
-        if not isinstance(answer, StepResult | StepFailure):
+    def send(self, step: StepPlan) -> None:
+        """Have a plan executed, after those sent before."""
+        self._ask(step)
+
+    async def receive(self) -> StepResult | StepFailure:
+        """The answer to the oldest plan sent; may be cancelled and called again. Raises WorkerDied.
+
+        After a StepFailure the plans sent meanwhile are void: they aren't executed, and no answer comes.
+        """
+        answer = await self._answer()
+        if isinstance(answer, StepFailure):
+            self._owed, self._owing_since = 0, None
+            self._write(Resume())
+        elif not isinstance(answer, StepResult):
             raise WorkerDied(f"the worker answered {type(answer).__name__} to a plan")
         return answer
 
     async def ping(self) -> None:
-        """Have it say that it is there. Raises WorkerDied."""
-        answer = await self._ask(Ping())
+        """Have an idle one say that it is there. Raises WorkerDied."""
+        self._ask(Ping())
+        answer = await self._answer()
         if not isinstance(answer, Pong):
             raise WorkerDied(f"the worker answered {type(answer).__name__} to a ping")
 
-    async def _ask(self, command: Command) -> Reply:
-        self._asked_at = time.monotonic()
+    def _ask(self, command: StepPlan | Ping) -> None:
+        if not self._owed:
+            self._owing_since = time.monotonic()
+        self._owed += 1
+        self._write(command)
+
+    async def _answer(self) -> Reply:
+        """It has its time for each answer from when it could begin on it: when it was asked, or had given the one before."""
+        assert self._owing_since is not None, "it was asked"
         try:
-            self._send(command)
-            async with asyncio.timeout(self._patience_s):
-                return await self._receive()
+            async with asyncio.timeout(self._patience_s - self.owes_since_s):
+                answer = await self._read()
         except TimeoutError:
             self._process.kill()
             raise WorkerDied(f"the worker gave no answer within {self._patience_s:g} s and was killed") from None
-        finally:
-            self._asked_at = None
+        self._owed -= 1
+        self._owing_since = time.monotonic() if self._owed else None
+        return answer
 
-    def _send(self, message: WorkerConfig | Command) -> None:
+    def _write(self, message: WorkerConfig | Command) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(plan.frame(message))
 
-    async def _receive(self) -> Reply:
+    async def _read(self) -> Reply:
+        """One frame; a header that was read before it was cancelled is kept for the next call."""
         assert self._process.stdout is not None
         try:
-            header = await self._process.stdout.readexactly(plan.HEADER_BYTES)
-            body = await self._process.stdout.readexactly(plan.body_length(header))
+            if self._header is None:
+                self._header = await self._process.stdout.readexactly(plan.HEADER_BYTES)
+            body = await self._process.stdout.readexactly(plan.body_length(self._header))
         except (asyncio.IncompleteReadError, ConnectionError):
             code = await self._process.wait()
             raise WorkerDied(f"the worker process ended with status {code}") from None
+        self._header = None
         reply: Reply = plan.decode_reply(body)
         return reply
 

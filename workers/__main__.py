@@ -4,14 +4,17 @@ import logging
 import os
 import signal
 import sys
+import time
 from typing import BinaryIO
 
+import msgspec
 import torch
 
 from protocol import plan
 from workers import selftest
 from workers.attention import AttentionBackend, choose
 from workers.model import Model, ModelRefused, load
+from workers.packing import pack
 from workers.runner import Runner
 from workers.weights import WeightsError
 
@@ -40,9 +43,26 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
         _write(replies, plan.StartFailure(str(error)))
         return
     _write(replies, info)
+    work(runner, requests, replies)
+
+
+def work(runner: Runner, requests: BinaryIO, replies: BinaryIO) -> None:
+    """Do what the scheduler says until it closes the pipe."""
+    failed = False
+    done = time.perf_counter()
     while (body := _read(requests)) is not None:
-        command = plan.decode_command(body)
-        _write(replies, plan.Pong() if isinstance(command, plan.Ping) else execute(runner, command))
+        waited_s = time.perf_counter() - done
+        match plan.decode_command(body):
+            case plan.Ping():
+                _write(replies, plan.Pong())
+            case plan.Resume():
+                failed = False
+            case plan.StepPlan() as step if not failed:
+                answer = execute(runner, step, waited_s)
+                failed = isinstance(answer, plan.StepFailure)
+                # From before the answer is written: while it is, the scheduler may have our core.
+                done = time.perf_counter()
+                _write(replies, answer)
 
 
 def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
@@ -59,7 +79,11 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         block_size=config.block_size,
         attributes=model.attributes,
     )
-    selftest.check(model, kind, config.block_size)
+    expected = selftest.expect(model)
+    if pack(model.module, config.weights) != model.dtype:
+        # Rounded weights have logits of their own; then both ways are asked for those.
+        expected = selftest.expect(model)
+    selftest.check(model, kind, config.block_size, expected)
     backend = kind(model.layers, _num_blocks(config, model), config.block_size, model.dtype, device)
     max_model_len = min(model.max_model_len, backend.num_blocks * config.block_size)
     runner = Runner(model.module, backend, max_running=config.max_running, max_model_len=max_model_len)
@@ -77,10 +101,10 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
     )
 
 
-def execute(runner: Runner, step: plan.StepPlan) -> plan.StepResult | plan.StepFailure:
-    """Run one step; a failure is reported, not fatal."""
+def execute(runner: Runner, step: plan.StepPlan, waited_s: float) -> plan.StepResult | plan.StepFailure:
+    """Run one step that was waited for so long; a failure is reported, not fatal."""
     try:
-        return runner.step(step)
+        return msgspec.structs.replace(runner.step(step), waited_s=waited_s)
     except Exception as error:
         # Whatever a forward pass can raise: the scheduler decides what it means, and the traceback stays here.
         logger.exception("step %d failed", step.step)

@@ -21,15 +21,21 @@ _CHUNKS = ((10, 1, 7, 1, 4), (0, 9, 1, 1, 1), (3, 0, 8, 5, 1))
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def check(model: Model, backend: type[AttentionBackend], block_size: int) -> None:
+@torch.inference_mode()
+def expect(model: Model) -> list[Tensor]:
+    """The logits that `check` wants to see again: those of plain forward passes."""
+    model.module.set_attn_implementation("eager")
+    try:
+        return [model.module(input_ids=prompt[None], use_cache=False).logits[0].float() for prompt in _prompts(model)]
+    finally:
+        model.module.set_attn_implementation(NAME)
+
+
+@torch.inference_mode()
+def check(model: Model, backend: type[AttentionBackend], block_size: int, expected: list[Tensor]) -> None:
     """Raises ModelRefused with the size of the difference when the two ways disagree."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(0, model.vocab_size, (sum(chunks),), generator=generator) for chunks in _CHUNKS]
-    prompts = [prompt.to(model.device) for prompt in prompts]
-    with torch.inference_mode():
-        ragged = _ragged(model, backend, block_size, prompts)
-        plain = _plain(model, prompts)
-    error = max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(ragged, plain, strict=True))
+    ragged = _ragged(model, backend, block_size, _prompts(model))
+    error = max(float((ours - plain).norm() / plain.norm()) for ours, plain in zip(ragged, expected, strict=True))
     if not error <= _TOLERANCE[model.dtype]:
         raise ModelRefused(
             f"{model.module.config.model_type}: logits of a ragged batch differ from a plain forward by {error:.1e} of "
@@ -37,12 +43,10 @@ def check(model: Model, backend: type[AttentionBackend], block_size: int) -> Non
         )
 
 
-def _plain(model: Model, prompts: list[Tensor]) -> list[Tensor]:
-    model.module.set_attn_implementation("eager")
-    try:
-        return [model.module(input_ids=prompt[None], use_cache=False).logits[0].float() for prompt in prompts]
-    finally:
-        model.module.set_attn_implementation(NAME)
+def _prompts(model: Model) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, model.vocab_size, (sum(chunks),), generator=generator) for chunks in _CHUNKS]
+    return [prompt.to(model.device) for prompt in prompts]
 
 
 def _ragged(

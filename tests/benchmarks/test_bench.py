@@ -67,6 +67,12 @@ def test_engine_and_ladder_count_the_same_tokens(files, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_floor_is_part_of_the_steps(files):
+    workload, model = files
+    figures = bench("engine", "--workload", str(workload), "--model", str(model), "--weights", "int8", "--floor")
+    assert 0 < figures["floor_ratio"] < 1
+
+
 def test_slow_reader_measures_both_ways(served):
     sizes = ("--rounds", "1", "--flood", "4", "--tokens", "8", "--vocab", "97")
     figures = bench("slow_reader", "--model", served, *sizes)

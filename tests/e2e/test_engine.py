@@ -4,7 +4,6 @@ import asyncio
 import os
 import random
 import signal
-from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from scheduler.config import Config, EngineConfig, ModelConfig
 from scheduler.core.sequence import Sequence
 from scheduler.loop import Engine
 from scheduler.worker import Worker, WorkerRefused
+from tests.leads import AtOnce, Never
 from tests.workers.models import generate, save, tiny
 from workers.weights import demo_model
 
@@ -83,29 +83,36 @@ def tiny_config(path: str, **engine) -> Config:
     return Config(model=ModelConfig(path=path, threads=1), engine=EngineConfig(block_size=8, **engine))
 
 
-async def test_in_a_trace_of_a_real_run_eos_lets_a_waiting_one_into_the_next_step(tiny_model):
-    """Sequences end at a token that stops them; the step after one ends holds one that was waiting."""
+@pytest.mark.parametrize(("lead", "distance"), [(Never(), 1), (AtOnce(), 2)])
+async def test_in_a_trace_of_a_real_run_eos_lets_a_waiting_one_into_the_next_step_planned(tiny_model, lead, distance):
+    """Sequences end at a token that stops them; the first step planned after one has ended holds one that was waiting."""
     draw = random.Random(3)
+    prompts = {str(index): [draw.randrange(3, 97) for _ in range(6)] for index in range(12)}
+    stop_ids = frozenset(range(3, 40))
     reports = []
     config = tiny_config(tiny_model, max_running=2, max_batch_tokens=64, num_blocks=64)
-    async with Engine(config.worker()) as engine:
-        for index in range(12):
-            prompt = [draw.randrange(3, 97) for _ in range(6)]
-            engine.submit(Sequence(str(index), prompt, max_tokens=30, stop_ids=frozenset(range(3, 40))))
-        await collect(engine, {str(index) for index in range(12)}, reports.append)
+    async with Engine(config.worker(), lead=lead) as engine:
+        for id, prompt in prompts.items():
+            engine.submit(Sequence(id, prompt, max_tokens=30, stop_ids=stop_ids))
+        outputs = await collect(engine, set(prompts), reports.append)
     seen: set[str] = set()
     handovers = 0
-    for report, following in pairwise(reports):
-        seen |= set(report.rows)
+    for number, report in enumerate(reports[:-distance]):
         stopped = [event for event in report.events if event.finish == "stop"]
+        seen.update(*(later.rows for later in reports[number : number + distance]))
         if stopped and report.waiting:
-            newcomers = set(following.rows) - seen
+            newcomers = set(reports[number + distance].rows) - seen
             assert len(newcomers) == min(len(stopped), report.waiting)
             handovers += 1
     assert handovers >= 5
+    assert (reports[-1].late_tokens > 0) == (distance == 2)
+    for id, prompt in prompts.items():
+        alone = generate(tiny("llama"), prompt, 30)
+        end = next((number for number, token in enumerate(alone, 1) if token in stop_ids), 30)
+        assert outputs[id] == alone[:end]
 
 
-async def test_a_killed_worker_costs_nobody_a_token(tiny_model):
+async def test_a_killed_worker_with_two_steps_in_its_pipe_costs_nobody_a_token(tiny_model):
     draw = random.Random(4)
     prompts = {str(index): [draw.randrange(3, 97) for _ in range(10)] for index in range(6)}
 
@@ -118,7 +125,7 @@ async def test_a_killed_worker_costs_nobody_a_token(tiny_model):
             if killing and steps == 15:
                 os.kill(engine.worker_pid, signal.SIGKILL)
 
-        async with Engine(tiny_config(tiny_model, max_running=4, num_blocks=64).worker()) as engine:
+        async with Engine(tiny_config(tiny_model, max_running=4, num_blocks=64).worker(), lead=AtOnce()) as engine:
             for id, prompt in prompts.items():
                 engine.submit(Sequence(id, prompt, max_tokens=40))
             outputs = await collect(engine, set(prompts), kill_once)

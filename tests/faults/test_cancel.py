@@ -80,8 +80,8 @@ async def test_a_hundred_cancels_in_every_state_at_once(tmp_path, broker, model)
         assert await beside == alone
     check(ear)
     assert metrics['tokenbus_requests_total{outcome="cancelled"}'] == len(RAN)
-    # One step is under way when a cancel comes, so each costs a token at most.
-    assert metrics[WASTED] - before[WASTED] <= len([*DECODING, *PREFILLING, *WAITING])
+    # One step is under way when a cancel comes, and the next one may be in the worker's pipe.
+    assert metrics[WASTED] - before[WASTED] <= 2 * len([*DECODING, *PREFILLING, *WAITING])
 
 
 def check(ear: Ear) -> None:

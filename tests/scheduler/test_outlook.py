@@ -8,11 +8,12 @@ alike and their output limits for what they generate.
 import asyncio
 import contextlib
 import random
+from collections import deque
 
 import pytest
 
 from protocol.errors import DeadlineUnreachable
-from protocol.plan import Pong, StepPlan, StepResult, WorkerConfig
+from protocol.plan import Pong, StepPlan, StepResult, Work, WorkerConfig
 from protocol.request import Request
 from scheduler.core.batcher import TokenEvent
 from scheduler.core.policies.fair import Fair
@@ -54,9 +55,11 @@ def report(*ids: str, tokens: int = 8, ok: bool = True) -> StepReport:
         at=0.0,
         seconds=TOKEN_S * tokens,
         gap_s=FIXED_S,
+        waited_s=0.0,
         rows=ids,
         prefill_tokens=tokens,
         decode_tokens=0,
+        work=Work(1, tokens, tokens, tokens),
         running=0,
         waiting=0,
         kv_usage=0.0,
@@ -200,6 +203,7 @@ class Worker:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
+        self.sent: deque[StepPlan] = deque()
 
     async def __aenter__(self):
         return self
@@ -210,7 +214,11 @@ class Worker:
     async def ping(self) -> Pong:
         return Pong()
 
-    async def step(self, plan: StepPlan) -> StepResult:
+    def send(self, plan: StepPlan) -> None:
+        self.sent.append(plan)
+
+    async def receive(self) -> StepResult:
+        plan = self.sent.popleft()
         seconds = FIXED_S + TOKEN_S * sum(row.length for row in plan.rows)
         self.clock.now += seconds
         return StepResult(plan.step, [65 for row in plan.rows if row.sample], seconds)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from scheduler.mqtt.egress import Egress
 from scheduler.outlook import Outlook
 from scheduler.quotas import Quota
 from scheduler.recovery import Recovery
+from tests.leads import Never
 from tests.scheduler.test_generation import INFO
 from tests.scheduler.test_text import byte_tokenizer
 
@@ -86,6 +88,7 @@ class Worker:
     pid = 0
     owes_since_s = 0.0
     steps: list[Seen] = field(default_factory=list)
+    sent: deque[tuple[StepPlan, bool]] = field(default_factory=deque)
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     release: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -98,13 +101,18 @@ class Worker:
     async def ping(self) -> Pong:
         return Pong()
 
-    async def step(self, plan: StepPlan) -> StepResult:
+    def send(self, plan: StepPlan) -> None:
         names = [id.partition("/")[2] for id in self.engine.batcher.row_ids(plan)]
         self.steps.append(Seen(names, set(self.journal.on_trial), [row.tokens for row in plan.rows]))
-        if self.fatal in names:
+        self.sent.append((plan, self.fatal in names))
+
+    async def receive(self) -> StepResult:
+        plan, fatal = self.sent[0]
+        if fatal:
             self.reached.set()
             await self.release.wait()
         await asyncio.sleep(0)  # a real one takes time, in which others have their turn
+        self.sent.popleft()
         return StepResult(plan.step, [LETTER for row in plan.rows if row.sample], 0.001)
 
 
@@ -121,7 +129,7 @@ class Process:
         self._stack = await contextlib.AsyncExitStack().__aenter__()
         enter = self._stack.enter_async_context
         self.journal = await enter(Journal(self._path))
-        self.engine = Engine(CONFIG)
+        self.engine = Engine(CONFIG, lead=Never())
         self.worker = self.engine._worker = Worker(self.journal, self._fatal)
         self.worker.engine = await enter(self.engine)
         group = await enter(asyncio.TaskGroup())

@@ -15,6 +15,7 @@ from scheduler.core.policies import PolicyName
 from scheduler.core.sequence import Sequence
 from workers.attention import choose
 from workers.model import adopt
+from workers.packing import pack
 from workers.runner import Runner
 
 
@@ -24,6 +25,7 @@ class LocalEngine:
         module: PreTrainedModel,
         *,
         attention: str = "auto",
+        weights: str = "auto",
         running: int = 8,
         budget: int = 24,
         blocks: int = 64,
@@ -37,6 +39,7 @@ class LocalEngine:
         kind = choose(
             attention, device, torch.float32, model.layers, block_size=block_size, attributes=model.attributes
         )
+        pack(model.module, weights)
         backend = kind(model.layers, blocks, block_size, torch.float32, device)
         pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
         self.batcher = Batcher(Limits(running, budget, longest), pool, policies.create(policy))

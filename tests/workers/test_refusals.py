@@ -11,13 +11,16 @@ from tests.workers.models import REFUSED, SERVED, save, tiny
 from workers import selftest
 from workers.attention import choose
 from workers.model import ModelRefused, adopt, load
+from workers.packing import pack
 
 
 @pytest.mark.parametrize("kind", sorted(SERVED))
 def test_served_models_pass_the_self_test(kind):
     model = adopt(tiny(kind), Path())
     backend = choose("auto", model.device, model.dtype, model.layers, block_size=8, attributes=model.attributes)
-    selftest.check(model, backend, block_size=8)
+    expected = selftest.expect(model)
+    pack(model.module, "auto")
+    selftest.check(model, backend, 8, expected)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +71,9 @@ def test_the_self_test_sees_state_that_nobody_declared():
     module.model.layers[0].mlp = Leaky(module.model.layers[0].mlp)
     model = adopt(module, Path())
     backend = choose("reference", model.device, model.dtype, model.layers, block_size=8)
+    expected = selftest.expect(model)
     with pytest.raises(ModelRefused, match="differ from a plain forward"):
-        selftest.check(model, backend, block_size=8)
+        selftest.check(model, backend, 8, expected)
 
 
 def test_directories_that_hold_no_model(tmp_path):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from workers.attention.base import AttentionBackend, Attributes, LayerShape, RaggedBatch
-from workers.attention.compiler import CompileError, load_library
+from workers.kernels import FOLDER
+from workers.kernels.compiler import CompileError, load_library
 
-SOURCE = Path(__file__).with_name("paged_attention.cpp")
+SOURCE = FOLDER / "paged_attention.cpp"
 # The kernel's vectors are 16 floats at most, and 8 where 16 does not divide a shape.
 LANES = 16
 MULTIPLE = 8

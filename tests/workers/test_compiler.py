@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from workers.attention.compiler import CompileError, load_library
+from workers.kernels.compiler import CompileError, load_library
 
 
 @pytest.fixture

@@ -1,0 +1,112 @@
+"""A linear layer whose weight lies packed for `kernels/linear.cpp`, in 32, 16 or 8 bits; what goes in and out is float32."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from workers.kernels import FOLDER
+from workers.kernels.compiler import load_library
+
+SOURCE = FOLDER / "linear.cpp"
+
+#: What a weight can be packed as, in the order of the kernel's table.
+FORMATS = (torch.float32, torch.bfloat16, torch.int8)
+INT8_MAX = 127
+#: Inputs of a layer packed as int8 come in pairs.
+INT8_INPUTS = 2
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, c_int64) for name in ("in_features", "out_features", "format", "gated")),
+    )
+
+
+class PackedLinear(nn.Module):
+    """Stands in for an `nn.Linear` of float32 on the CPU, whose weight it doesn't keep.
+
+    A row of the output is the same bits whatever other rows there are. int8 is one scale per output feature. Raises
+    CompileError, or ValueError for a layer that doesn't fit.
+    """
+
+    def __init__(self, linear: nn.Linear, format: torch.dtype = torch.float32, *, up: nn.Linear | None = None) -> None:
+        """With ``up`` the output is ``silu(linear(x)) * up(x)``."""
+        super().__init__()
+        self.in_features, self.out_features, self.format = linear.in_features, linear.out_features, format
+        self._kernel = kernel().linear
+        columns = kernel().panel_columns()
+        if up is None:
+            weight, scale, bias = _rows(linear, format, columns)
+        else:
+            # By turns half a panel of gates and half a panel of what they let through.
+            pairs = zip(_rows(linear, format, columns // 2), _rows(up, format, columns // 2), strict=True)
+            weight, scale, bias = (
+                torch.stack([tensor.unflatten(0, (-1, columns // 2)) for tensor in pair], 1).flatten(0, 2)
+                for pair in pairs
+            )
+        # Plain attributes, not buffers: the kernel is handed their addresses, so nobody may move them.
+        self._tensors = (_panels(weight, columns), scale, bias)
+        addresses = (tensor.data_ptr() for tensor in self._tensors)
+        self._linear = _Linear(
+            *addresses, self.in_features, self.out_features, FORMATS.index(format), gated=int(up is not None)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 ``[..., in_features]`` -> ``[..., out_features]``. Raises ValueError for anything else."""
+        if x.dtype != torch.float32 or x.shape[-1] != self.in_features or x.device.type != "cpu":
+            raise ValueError(f"expected float32 [..., {self.in_features}] on the CPU, got {x.dtype} {list(x.shape)}")
+        x = x.contiguous()
+        y = torch.empty(*x.shape[:-1], self.out_features)
+        rows = x.numel() // self.in_features
+        self._kernel(ctypes.addressof(self._linear), x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+        return y
+
+
+def unsupported(weight: Tensor, format: torch.dtype) -> str | None:
+    """The reason a weight can't be packed in this format, or None when it can."""
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return f"only float32 weights on the CPU are packed, not {weight.dtype} on {weight.device}"
+    if format == torch.int8 and weight.shape[1] % INT8_INPUTS:
+        return f"int8 wants an even number of inputs, not {weight.shape[1]}"
+    return None
+
+
+@cache
+def kernel() -> ctypes.CDLL:
+    """Raises CompileError."""
+    library = load_library(SOURCE)
+    library.linear.argtypes, library.linear.restype = (c_void_p, c_void_p, c_int64, c_void_p, c_int64), None
+    library.rms_norm.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p, c_int64)
+    library.rms_norm.restype = None
+    library.panel_columns.argtypes, library.panel_columns.restype = (), c_int64
+    return library
+
+
+def _rows(linear: nn.Linear, format: torch.dtype, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight in the format, scale and bias of a layer, one row for each output feature, padded with zeros to a multiple."""
+    weight = linear.weight.detach()
+    if reason := unsupported(weight, format):
+        raise ValueError(reason)
+    scale = torch.ones(linear.out_features)
+    if format == torch.int8:
+        scale = (weight.abs().amax(dim=1) / INT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+        weight = (weight / scale[:, None]).round()
+    bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+    padding = (0, -linear.out_features % multiple)
+    return pad(weight.to(format), (0, 0, *padding)), pad(scale, padding), pad(bias, padding)
+
+
+def _panels(weight: Tensor, columns: int) -> Tensor:
+    """Weight ``[out, in]``, its rows whole panels, in the order that the kernel describes for its format."""
+    steps = INT8_INPUTS if weight.dtype == torch.int8 else 1
+    # [panel, half, column, k, step]
+    pieces = weight.view(-1, 2, columns // 2, weight.shape[1] // steps, steps)
+    order = (0, 3, 4, 1, 2) if weight.dtype == torch.float32 else (0, 3, 2, 4, 1)
+    return pieces.permute(order).contiguous()

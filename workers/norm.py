@@ -1,0 +1,33 @@
+"""RMS normalisation in one pass, where transformers' own takes seven."""
+
+import torch
+from torch import Tensor, nn
+
+from workers.linear import kernel
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / sqrt(mean(x^2) + epsilon)`` for float32 on the CPU. Raises CompileError."""
+
+    def __init__(self, weight: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self._weight, self._epsilon = weight.detach().clone(), epsilon
+        self._kernel = kernel().rms_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 ``[..., width]``. Raises ValueError for anything else."""
+        width = len(self._weight)
+        if x.dtype != torch.float32 or x.shape[-1] != width or x.device.type != "cpu":
+            raise ValueError(f"expected float32 [..., {width}] on the CPU, got {x.dtype} {list(x.shape)}")
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self._kernel(
+            x.data_ptr(),
+            x.numel() // width,
+            width,
+            self._weight.data_ptr(),
+            self._epsilon,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
