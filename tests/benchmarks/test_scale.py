@@ -91,8 +91,8 @@ def test_what_a_scheduler_carries_follows_from_what_a_step_costs_it(figures):
     )
     text = scale_text.carry_text(figures, planning, AcceptFigures(16, 4000, 3, 2000.0, 0.0, 0.0))
     assert "takes 250 µs (p99 500 µs) with 256 running and 100,000 waiting, of 10,000 tenants" in text
-    assert "| none: the scheduler alone | 4,000 | 1,024,000 | 100.0% |" in text
-    assert "| 1 ms | 800 | 204,800 | 20.0% |" in text
+    assert "| none at all: the scheduler alone | 4,000 | 1,024,000 | 100.0% |" in text
+    assert "| 1 ms | 1,000 | 256,000 | 25.0% |" in text
     assert f"work for {2000 * figures.load.output_tokens:,.0f} tokens/s" in text
 
 
