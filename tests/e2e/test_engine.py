@@ -99,10 +99,11 @@ async def test_in_a_trace_of_a_real_run_eos_lets_a_waiting_one_into_the_next_ste
     handovers = 0
     for number, report in enumerate(reports[:-distance]):
         stopped = [event for event in report.events if event.finish == "stop"]
-        seen.update(*(later.rows for later in reports[number : number + distance]))
+        seen.update(report.rows)
         if stopped and report.waiting:
-            newcomers = set(reports[number + distance].rows) - seen
-            assert len(newcomers) == min(len(stopped), report.waiting)
+            # Planning at once still comes too late where the answer is there at once.
+            newcomers = set().union(*(later.rows for later in reports[number + 1 : number + 1 + distance])) - seen
+            assert len(newcomers) >= min(len(stopped), report.waiting)
             handovers += 1
     assert handovers >= 5
     assert (reports[-1].late_tokens > 0) == (distance == 2)

@@ -240,7 +240,8 @@ async def test_metrics_tell_what_happened(running):
     assert grown('tokenbus_tokens_total{kind="prefill"}') + cached == result.usage.prompt_tokens
     assert grown("tokenbus_time_to_first_token_seconds_count") == 1
     assert grown("tokenbus_inter_token_latency_seconds_count") == 11
-    assert grown("tokenbus_step_seconds_count") == grown("tokenbus_batch_rows_count") == 12
+    # One that was planned ahead of an earlier request's end may have been running still.
+    assert 12 <= grown("tokenbus_step_seconds_count") == grown("tokenbus_batch_rows_count") <= 13
     assert after["tokenbus_worker_up"] == 1
     assert (
         after["tokenbus_running_requests"]
