@@ -95,7 +95,7 @@ class _Crowd:
         plan = self.batcher.plan()
         planned = time.thread_time()
         assert plan is not None
-        tokens = [_TOKEN for row in plan.rows if row.sample]
+        tokens = [_TOKEN] * plan.num_sampled
         sampled = time.thread_time()
         self.batcher.apply(plan.step, tokens)
         return planned - begun, time.thread_time() - sampled

@@ -7,8 +7,8 @@ asked for a `Pong` now and then. A worker that can't start sends one `StartFailu
 Plans may be sent ahead of answers. Those that follow one that failed were made as if it had passed, so from a `StepFailure` on
 the worker skips plans, without an answer, until a `Resume`.
 
-The worker keeps one *slot* per running sequence: its block table, its sampling parameters and the last token sampled for
-it. A plan sends only what changed.
+The worker keeps one *slot* per running sequence: its tokens, those it has sampled included, how many of them are computed, its
+block table and its sampling parameters. A plan sends only what changed.
 """
 
 import struct
@@ -52,16 +52,16 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
-    """A slot is given to a sequence: whatever it held before is forgotten."""
+    """A slot is given to a sequence with these tokens: whatever it held before is forgotten."""
 
     slot: int
+    tokens: list[int]
     sampling: Sampling
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One sequence's part of a step: positions ``start .. start + length - 1`` are computed.
 
-    ``tokens`` holds their ids, or is empty when the only token is the one the worker sampled last for this slot.
     ``new_blocks`` are appended to the slot's block table before the step. With ``sample`` the logits of the last position
     draw a token, for position ``start + length``.
     """
@@ -69,7 +69,6 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     slot: int
     start: int
     length: int
-    tokens: list[int]
     new_blocks: list[int]
     sample: bool
 
@@ -85,22 +84,20 @@ class Work(msgspec.Struct, frozen=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """After a `StepFailure` the scheduler sends an `Admission` for every sequence of that step again."""
+    """``decodes`` are slots that compute their last token, the one after all that is computed, and sample the next: most of a
+    step, so nothing more is said of them. ``rows`` are all others.
+
+    After a `StepFailure` the scheduler sends an `Admission` for every sequence of that step again.
+    """
 
     step: int
     admissions: list[Admission]
+    decodes: list[int]
     rows: list[Row]
 
-    def work(self) -> Work:
-        starts = [row.start for row in self.rows]
-        lengths = [row.length for row in self.rows]
-        tokens = sum(lengths)
-        context = sum(starts) + tokens
-        # The last token of each row sees its whole context; those before it, less and less.
-        rest = sum(
-            (length - 1) * (2 * start + length) for start, length in zip(starts, lengths, strict=True) if length > 1
-        )
-        return Work(len(starts), tokens, context, context + rest // 2)
+    @property
+    def num_sampled(self) -> int:
+        return len(self.decodes) + sum(row.sample for row in self.rows)
 
 
 class Resume(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -112,8 +109,8 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True):
-    """``tokens``: one id per row with ``sample``, in row order. ``seconds``: the worker's own time for the step;
-    ``waited_s``: from the end of the step before until it had the plan, whether there was work or not.
+    """``tokens``: one id for each of the ``decodes``, then for each row with ``sample``. ``seconds``: the worker's own time for
+    the step; ``waited_s``: from the end of the step before until it had the plan, whether there was work or not.
     """
 
     step: int

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
-from protocol.plan import StepFailure, StepPlan, StepResult, Work, WorkerConfig, WorkerInfo
+from protocol.plan import StepFailure, StepResult, Work, WorkerConfig, WorkerInfo
 from protocol.transport import delays
-from scheduler.core.batch import Limits
-from scheduler.core.batcher import Batcher, Start, TokenEvent
+from scheduler.core.batch import Draft, Limits
+from scheduler.core.batcher import Batcher, TokenEvent
 from scheduler.core.blocks import BlockPool
 from scheduler.core.policies.base import Policy
 from scheduler.core.sequence import Sequence
@@ -49,8 +49,8 @@ class Failure:
 class StepReport:
     """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` the rest of the time since the result before, or
     since there was work; it is negative when that result was read late. ``waited_s``: how long the worker had waited for the plan
-    while there was work. ``prefill_tokens`` were computed; ``starts`` says what the prefix cache spared those who ran for the
-    first time. ``ok`` is false for a step that failed.
+    while there was work. ``prefill_tokens`` were computed; ``starts`` says how many tokens the prefix cache spared those who ran
+    for the first time. ``ok`` is false for a step that failed.
     """
 
     step: int
@@ -71,26 +71,18 @@ class StepReport:
     cached_tokens: int
     worker_restarts: int
     ok: bool = True
-    starts: list[Start] = field(default_factory=list)
+    starts: dict[str, int] = field(default_factory=dict)
     events: list[TokenEvent] = field(default_factory=list)
     given_up: list[Failure] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step in the worker's pipe, and who is in it: once it has failed the batcher no longer tells.
+    """A step in the worker's pipe: ``tokens`` are computed in it. ``after_rest``: there was no work before it."""
 
-    ``after_rest``: there was no work before it.
-    """
-
-    plan: StepPlan
-    rows: tuple[str, ...]
-    starts: list[Start]
+    draft: Draft
+    tokens: int
     after_rest: bool
-
-    @property
-    def tokens(self) -> int:
-        return sum(row.length for row in self.plan.rows)
 
 
 class Engine:
@@ -177,8 +169,8 @@ class Engine:
         if plan is None:
             return False
         self._worker.send(plan)
-        rows, starts = tuple(self.batcher.row_ids(plan)), self.batcher.starts(plan)
-        self._in_flight.append(_Step(plan, rows, starts, after_rest=self._resting))
+        draft = self.batcher.draft_of(plan)
+        self._in_flight.append(_Step(draft, draft.tokens, after_rest=self._resting))
         if self._resting:
             self._resting, self._busy_since = False, begun
         return True
@@ -226,19 +218,20 @@ class Engine:
         waited_s = 0.0 if step.after_rest else result.waited_s
         self._lead.observe(step.tokens, result.seconds, waited_s)
         events = self.batcher.apply(result.step, result.tokens)
-        self._report(step, step.starts, seconds=result.seconds, waited_s=waited_s, events=events)
+        self._report(step.draft, step.draft.starts, seconds=result.seconds, waited_s=waited_s, events=events)
 
     def _fail(self, error: str, *, crashed: bool) -> None:
         """The oldest step failed, the others are void: the batcher looks for the one at fault, which may have no attempt left."""
         steps = list(self._in_flight)
         self._in_flight.clear()
         failed = self.batcher.fail(lost=crashed)
-        logger.error("step %d failed with %d sequences in it: %s", steps[0].plan.step, len(failed), error)
+        logger.error("step %d failed with %d sequences in it: %s", steps[0].draft.step, len(failed), error)
         given_up = []
         if len(failed) == 1 and failed[0].failures >= self._patience.attempts:
             self.batcher.end(failed[0].id)
             given_up = [Failure(failed[0].id, error, crashed, failed[0].failures)]
-        self._report(steps[0], [start for step in steps for start in step.starts], ok=False, given_up=given_up)
+        starts = {id: cached for step in steps for id, cached in step.draft.starts.items()}
+        self._report(steps[0].draft, starts, ok=False, given_up=given_up)
 
     async def _restart_worker(self) -> None:
         self.worker_up = False
@@ -258,8 +251,8 @@ class Engine:
 
     def _report(
         self,
-        step: _Step,
-        starts: list[Start],
+        draft: Draft,
+        starts: dict[str, int],
         *,
         seconds: float = 0.0,
         waited_s: float = 0.0,
@@ -269,19 +262,19 @@ class Engine:
     ) -> None:
         batcher, now = self.batcher, self._clock()
         since, self._busy_since = self._busy_since, now
-        decodes = sum(1 for row in step.plan.rows if not row.tokens)
+        work = draft.work
         self.reports.put_nowait(
             StepReport(
-                step=step.plan.step,
+                step=draft.step,
                 at=now,
                 seconds=seconds,
                 gap_s=now - since - seconds,
                 waited_s=waited_s,
-                rows=step.rows,
+                rows=draft.ids,
                 starts=starts,
-                prefill_tokens=step.tokens - decodes,
-                decode_tokens=decodes,
-                work=step.plan.work(),
+                prefill_tokens=draft.prefilled,
+                decode_tokens=work.tokens - draft.prefilled,
+                work=work,
                 running=len(batcher.running),
                 waiting=batcher.num_waiting,
                 kv_usage=1 - batcher.pool.num_free / batcher.pool.num_blocks,

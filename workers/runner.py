@@ -8,28 +8,30 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from protocol.plan import StepPlan, StepResult
-from workers.attention import AttentionBackend, Attributes, RaggedBatch
+from workers.attention import AttentionBackend, Attributes
 from workers.bridge import attending
 from workers.sampler import Sampler
-from workers.slots import Slots
+from workers.slots import Inputs, Slots
 
 
 def forward(
     module: PreTrainedModel,
     backend: AttentionBackend,
-    ids: Tensor,
-    positions: Tensor,
-    batch: RaggedBatch,
+    inputs: Inputs,
     keep: Tensor,
 ) -> Tensor:
-    """One pass over a ragged batch: ids and positions int64 ``[T]``; logits ``[len(keep), V]`` of the rows in ``keep``."""
+    """One pass over a ragged batch; logits ``[len(keep), V]`` of its tokens at ``keep``."""
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes) -> Tensor:
-        return backend.attend(layer, query, key, value, batch, attributes)
+        return backend.attend(layer, query, key, value, inputs.batch, attributes)
 
     with attending(attend):
         output = module(
-            input_ids=ids[None], position_ids=positions[None], attention_mask=None, use_cache=False, logits_to_keep=keep
+            input_ids=inputs.ids[None],
+            position_ids=inputs.positions[None],
+            attention_mask=None,
+            use_cache=False,
+            logits_to_keep=keep,
         )
     logits: Tensor = output.logits[0]
     return logits
@@ -61,19 +63,23 @@ class Runner:
         for admission in plan.admissions:
             self._slots.admit(admission)
             self._sampler.assign(admission.slot, admission.sampling)
-        for row in plan.rows:
-            self._slots.extend(row)
-        positions, batch = self._slots.batch(plan.rows)
-        sampled = [index for index, row in enumerate(plan.rows) if row.sample]
-        keep = batch.query_start[1:][sampled].long() - 1
-        logits = forward(self._module, self._backend, self._slots.input_ids(plan.rows), positions, batch, keep)
-        tokens = self._sample(plan, sampled, logits) if sampled else []
+        self._slots.extend(plan.rows)
+        inputs = self._slots.inputs(plan)
+        sampled = [*range(len(plan.decodes)), *_sampled(plan)]
+        last = inputs.batch.query_start[1:][sampled].long() - 1
+        logits = forward(self._module, self._backend, inputs, keep=last)
+        tokens = self._sample(plan, inputs.positions[last] + 1, logits) if sampled else []
         return StepResult(plan.step, tokens, self._clock() - begun)
 
-    def _sample(self, plan: StepPlan, sampled: list[int], logits: Tensor) -> list[int]:
-        slots = [plan.rows[index].slot for index in sampled]
-        positions = [plan.rows[index].start + plan.rows[index].length for index in sampled]
+    def _sample(self, plan: StepPlan, positions: Tensor, logits: Tensor) -> list[int]:
+        """``positions``: int64, where the tokens will stand."""
+        slots = plan.decodes + [row.slot for row in plan.rows if row.sample]
         tokens = self._sampler.sample(logits, slots, positions)
-        self._slots.last_token[slots] = tokens
+        self._slots.tokens[slots, positions] = tokens.int()
         result: list[int] = tokens.tolist()
         return result
+
+
+def _sampled(plan: StepPlan) -> list[int]:
+    """The rows that sample, counted from the first decode."""
+    return [index for index, row in enumerate(plan.rows, start=len(plan.decodes)) if row.sample]

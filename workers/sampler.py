@@ -84,15 +84,18 @@ class Sampler:
             self._min_p[slot] = sampling.min_p
             self._seed[slot] = sampling.seed
 
-    def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> Tensor:
-        """Draw one token per row: logits ``[n, V]``; ``positions`` are those the tokens will stand at. Returns int64 ``[n]``."""
+    def sample(self, logits: Tensor, slots: list[int], positions: Tensor) -> Tensor:
+        """Draw one token per row: logits ``[n, V]``; ``positions``, int64 ``[n]``, are those the tokens will stand at.
+
+        Returns int64 ``[n]``.
+        """
         tokens = logits.argmax(dim=-1)
         rows = [row for row, slot in enumerate(slots) if self._parameters[slot].temperature]
         if rows:
-            tokens[rows] = self._draw(logits[rows], [slots[row] for row in rows], [positions[row] for row in rows])
+            tokens[rows] = self._draw(logits[rows], [slots[row] for row in rows], positions[rows])
         return tokens
 
-    def _draw(self, logits: Tensor, slots: list[int], positions: list[int]) -> Tensor:
+    def _draw(self, logits: Tensor, slots: list[int], positions: Tensor) -> Tensor:
         at = torch.tensor(slots, device=logits.device)
         logits = logits.float()
         # Shifted first: a tiny temperature then drives the rest to -inf, never the likeliest to inf.
@@ -103,4 +106,4 @@ class Sampler:
             logits[cut] = filter_top_k_top_p(logits[cut], self._top_k[at[cut]], self._top_p[at[cut]])
         if any(parameters.min_p for parameters in used):
             logits = filter_min_p(logits, self._min_p[at])
-        return draw(logits, uniform(self._seed[at], torch.tensor(positions, device=logits.device)))
+        return draw(logits, uniform(self._seed[at], positions))

@@ -7,7 +7,7 @@ of such models, three sequences are computed in chunks that mix prefill with dec
 import torch
 from torch import Tensor
 
-from protocol.plan import Admission, Row, Sampling
+from protocol.plan import Admission, Row, Sampling, StepPlan
 from workers.attention import AttentionBackend
 from workers.bridge import NAME
 from workers.model import Model, ModelRefused
@@ -56,22 +56,18 @@ def _ragged(
     total = per_sequence * len(prompts)
     backend = backend_class(model.layers, total, block_size, model.dtype, model.device)
     slots = Slots(len(prompts), per_sequence, block_size, model.device)
-    for slot in range(len(prompts)):
-        slots.admit(Admission(slot, Sampling()))
+    for slot, prompt in enumerate(prompts):
+        slots.admit(Admission(slot, prompt.tolist(), Sampling()))
         # Blocks descending and interleaved between sequences: no two neighbours belong together.
         blocks = [total - 1 - slot - len(prompts) * index for index in range(per_sequence)]
-        slots.extend(Row(slot, 0, 0, [], blocks, sample=False))
+        slots.extend([Row(slot, 0, 0, blocks, sample=False)])
     done = [0] * len(prompts)
     logits: list[list[Tensor]] = [[] for _ in prompts]
     for lengths in zip(*_CHUNKS, strict=True):
-        rows = [
-            Row(slot, done[slot], length, prompts[slot][done[slot] : done[slot] + length].tolist(), [], sample=True)
-            for slot, length in enumerate(lengths)
-            if length
-        ]
-        positions, batch = slots.batch(rows)
-        keep = torch.arange(len(positions), device=model.device)
-        out = forward(model.module, backend, slots.input_ids(rows), positions, batch, keep).float()
+        rows = [Row(slot, done[slot], length, [], sample=True) for slot, length in enumerate(lengths) if length]
+        inputs = slots.inputs(StepPlan(0, [], [], rows))
+        keep = torch.arange(len(inputs.ids), device=model.device)
+        out = forward(model.module, backend, inputs, keep).float()
         for row, piece in zip(rows, out.split([row.length for row in rows]), strict=True):
             logits[row.slot].append(piece)
             done[row.slot] += row.length

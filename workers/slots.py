@@ -1,70 +1,80 @@
-"""What the worker keeps of each running sequence between steps: block table, last sampled token, sampling parameters."""
+"""What the worker keeps of each running sequence between steps: its tokens, how many are computed, its block table."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from protocol.plan import Admission, Row
+from protocol.plan import Admission, Row, StepPlan
 from workers.attention import RaggedBatch
 
 
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a step's forward pass takes: ``ids`` and ``positions`` int64 ``[T]``, and the batch that its attention runs on."""
+
+    ids: Tensor
+    positions: Tensor
+    batch: RaggedBatch
+
+
 class Slots:
-    """One row per slot; changed only by what a plan sends, so a step costs what it schedules."""
+    """One row per slot; changed only by what a plan sends, so a step costs what it schedules.
+
+    ``tokens``: int32 ``[slots, positions]``, on the device: a token that was sampled is there for the next step, and for whatever
+    else asks what came before, without ever having been on the host.
+    """
 
     def __init__(self, slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
         self._tables = np.zeros((slots, max_blocks), dtype=np.int32)
         self._num_blocks = [0] * slots
-        self.last_token = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._computed = np.zeros(slots, dtype=np.int64)
+        self.tokens = torch.zeros(slots, max_blocks * block_size + 1, dtype=torch.int32, device=device)
 
     def admit(self, admission: Admission) -> None:
-        self._num_blocks[admission.slot] = 0
+        """Whatever the slot held before is forgotten."""
+        slot = admission.slot
+        self._num_blocks[slot] = 0
+        known = torch.tensor(admission.tokens, dtype=torch.int32)
+        self.tokens[slot, : len(known)] = known.to(self._device, non_blocking=True)
 
-    def extend(self, row: Row) -> None:
-        """Append the row's new blocks to its slot's table."""
-        start = self._num_blocks[row.slot]
-        self._tables[row.slot, start : start + len(row.new_blocks)] = row.new_blocks
-        self._num_blocks[row.slot] = start + len(row.new_blocks)
+    def extend(self, rows: Iterable[Row]) -> None:
+        """Append the rows' new blocks to their slots' tables."""
+        for row in rows:
+            start = self._num_blocks[row.slot]
+            self._tables[row.slot, start : start + len(row.new_blocks)] = row.new_blocks
+            self._num_blocks[row.slot] = start + len(row.new_blocks)
 
-    def batch(self, rows: list[Row]) -> tuple[Tensor, RaggedBatch]:
-        """Positions int64 ``[T]`` of a step's tokens, and the batch its attention runs on."""
-        lengths = np.fromiter((row.length for row in rows), np.int64, len(rows))
-        starts = np.fromiter((row.start for row in rows), np.int64, len(rows))
-        query_start = np.fromiter(accumulate(lengths, initial=0), np.int32, len(rows) + 1)
-        owner = np.repeat(np.arange(len(rows)), lengths)
+    def inputs(self, plan: StepPlan) -> Inputs:
+        """Of the plan's decodes, then its rows, which then count as computed."""
+        decodes, rows = plan.decodes, plan.rows
+        slots = np.array([*decodes, *(row.slot for row in rows)], dtype=np.int64)
+        lengths = np.array([1] * len(decodes) + [row.length for row in rows], dtype=np.int64)
+        starts = np.concatenate([self._computed[decodes], np.array([row.start for row in rows], dtype=np.int64)])
+        ends = starts + lengths
+        self._computed[slots] = ends
+        query_start = np.fromiter(accumulate(lengths, initial=0), np.int32, len(slots) + 1)
+        owner = np.repeat(np.arange(len(slots)), lengths)
         positions = np.arange(query_start[-1]) - query_start[owner] + starts[owner]
-        context = (starts + lengths).astype(np.int32)
-        longest = int(context.max())
-        used = -(-longest // self._block_size)
-        tables = self._tables[[row.slot for row in rows], :used]
+        longest = int(ends.max())
+        tables = self._tables[slots, : -(-longest // self._block_size)]
         blocks = tables[owner, positions // self._block_size].astype(np.int64)
         batch = RaggedBatch(
             query_start=self._to_device(query_start),
-            context_len=self._to_device(context),
+            context_len=self._to_device(ends.astype(np.int32)),
             block_table=self._to_device(tables),
             cache_slots=self._to_device(blocks * self._block_size + positions % self._block_size),
             max_query_len=int(lengths.max()),
             max_context_len=longest,
         )
-        return self._to_device(positions), batch
-
-    def input_ids(self, rows: list[Row]) -> Tensor:
-        """Token ids int64 ``[T]``: those the plan names, and each decode's own last token, which never left the device."""
-        known: list[int] = []
-        decodes: list[int] = []
-        slots: list[int] = []
-        for row in rows:
-            if not row.tokens:
-                decodes.append(len(known))
-                slots.append(row.slot)
-            known += row.tokens or (0,)
-        ids = torch.tensor(known, device=self._device)
-        if decodes:
-            ids[decodes] = self.last_token[slots]
-        return ids
+        on_device = self._to_device(positions)
+        ids = self.tokens[self._to_device(slots[owner]), on_device].long()
+        return Inputs(ids, on_device, batch)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from protocol.plan import Admission, Row
+from protocol.plan import Admission, Row, StepPlan, Work
 from scheduler.core.blocks import BlockPool
 from scheduler.core.fairness import FairQueue
 from scheduler.core.sequence import Sequence, State
@@ -37,23 +37,62 @@ class Counters:
 
 @dataclass(slots=True)
 class Draft:
-    """A step in the making, then in flight. ``members`` and ``samplers``: whose each row is, whose each sampled token will be.
+    """A step in the making, then in flight. ``decoders``: whose the ``decodes`` are; ``owners``: whose each row is, and the
+    blocks that it had then; ``samplers``: whose each sampled token will be.
 
-    ``filled``: once the step has passed, so many positions of a sequence are computed, if it still holds these blocks.
-    ``started``: who runs for the first time.
+    ``context``: how many positions the decodes see. ``prefilled``: tokens of prompts. ``started``: who runs for the first time.
     """
 
     step: int
     budget: int
     admissions: list[Admission] = field(default_factory=list)
+    decodes: list[int] = field(default_factory=list)
+    decoders: list[Sequence] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    members: list[Sequence] = field(default_factory=list)
+    owners: list[tuple[Sequence, list[int]]] = field(default_factory=list)
     samplers: list[Sequence] = field(default_factory=list)
-    filled: list[tuple[Sequence, list[int], int]] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
+    context: int = 0
+    prefilled: int = 0
 
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.rows)
 
-_NONE: list[int] = []
+    @property
+    def plan(self) -> StepPlan:
+        return StepPlan(self.step, self.admissions, self.decodes, self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """How many are computed."""
+        return len(self.decodes) + sum(row.length for row in self.rows)
+
+    @property
+    def work(self) -> Work:
+        starts, lengths = [row.start for row in self.rows], [row.length for row in self.rows]
+        context = self.context + sum(starts) + sum(lengths)
+        # The last token of each row sees its whole context; those before it, less and less.
+        rest = sum(
+            (length - 1) * (2 * start + length) for start, length in zip(starts, lengths, strict=True) if length > 1
+        )
+        return Work(len(self.decodes) + len(self.rows), self.tokens, context, context + rest // 2)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Whose its decodes and rows are."""
+        return tuple([sequence.id for sequence in self.decoders] + [owner.id for owner, _ in self.owners])
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """Who runs for the first time, and how many tokens of its prompt the prefix cache spares."""
+        return {sequence.id: sequence.cached for sequence in self.started}
+
+    def ends(self) -> list[tuple[Sequence, int]]:
+        """Up to where it computes each sequence, as long as it is the oldest in flight."""
+        decoded = [(sequence, len(sequence.tokens)) for sequence in self.decoders]
+        return decoded + [
+            (sequence, row.start + row.length) for (sequence, _), row in zip(self.owners, self.rows, strict=True)
+        ]
 
 
 class Batch:
@@ -125,21 +164,26 @@ class Batch:
     def decode(self, sequences: list[Sequence] | None = None) -> None:
         """Give all that decode, or those named, their one token. Raises OutOfBlocks when there was a ``shortage``."""
         draft = self.draft
-        rows, members = draft.rows.append, draft.members.append
+        slots, smooth, others, context = draft.decodes, draft.decoders, [], 0
         for sequence in self.decoding.values() if sequences is None else sequences:
             position = sequence.computed
             if position >= sequence.smooth_until:
-                self._decode_unsmooth(sequence)
+                others.append(sequence)
                 continue
-            sequence.computed = position + 1
+            sequence.computed = position = position + 1
             sequence.unseen += 1
-            rows(Row(sequence.slot, position, 1, _NONE, _NONE, True))
-            members(sequence)
-        draft.samplers = draft.members.copy()
-        draft.budget = self.limits.max_batch_tokens - len(draft.rows)
+            context += position
+            slots.append(sequence.slot)
+            smooth.append(sequence)
+        draft.context = context
+        draft.samplers = smooth.copy()
+        draft.budget -= len(smooth)
+        for sequence in others:
+            self._decode_unsmooth(sequence)
 
     def prefill(self, sequence: Sequence, length: int) -> None:
         """Compute ``length`` more of its tokens; with the last one it decodes from then on."""
+        self.draft.prefilled += length
         self._add_row(sequence, length)
         if sequence.computed == len(sequence.tokens):
             self.decoding[sequence.id] = self.prefilling.pop(sequence.id)
@@ -148,8 +192,12 @@ class Batch:
         """Undo a step in flight; the blocks stay with their owners. What the worker took in of it is anyone's guess."""
         for sequence in draft.samplers:
             sequence.unseen -= 1
-        for sequence, row in zip(draft.members, draft.rows, strict=True):
+        for sequence in draft.decoders:
             if sequence.state is State.RUNNING:
+                sequence.computed -= 1
+                sequence.untell()
+        for (sequence, blocks), row in zip(draft.owners, draft.rows, strict=True):
+            if sequence.blocks is blocks and sequence.state is State.RUNNING:
                 sequence.computed = row.start
                 sequence.untell()
                 if sequence.uncomputed > 1:
@@ -167,21 +215,18 @@ class Batch:
         draft = self.draft
         if not sequence.told:
             sequence.told = True
-            draft.admissions.append(Admission(sequence.slot, sequence.sampling))
+            draft.admissions.append(Admission(sequence.slot, sequence.tokens.copy(), sequence.sampling))
         start = sequence.computed
-        known = _NONE if sequence.slot_has_last_token else sequence.tokens[start : start + length]
         sequence.computed += length
         samples = sequence.computed == len(sequence.tokens) + sequence.unseen
         new_blocks = sequence.blocks[sequence.sent_blocks :]
         sequence.sent_blocks = len(sequence.blocks)
-        draft.rows.append(Row(sequence.slot, start, length, known, new_blocks, samples))
-        draft.members.append(sequence)
+        draft.rows.append(Row(sequence.slot, start, length, new_blocks, samples))
+        draft.owners.append((sequence, sequence.blocks))
         draft.budget -= length
-        draft.filled.append((sequence, sequence.blocks, sequence.computed))
         if samples:
             draft.samplers.append(sequence)
             sequence.unseen += 1
-            sequence.slot_has_last_token = True
             sequence.smooth_until = min(sequence.room, sequence.end_len - 1)
 
     def _take_out(self, sequence: Sequence) -> None:

@@ -10,7 +10,6 @@ After a step that failed only those who were in it run, half of them at a time, 
 """
 
 from collections import deque
-from dataclasses import dataclass
 
 import msgspec
 
@@ -35,14 +34,6 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False):
     id: str
     token: int
     finish: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """A sequence ran for the first time; ``cached`` tokens of its prompt needn't be computed."""
-
-    id: str
-    cached: int
 
 
 class Batcher:
@@ -110,22 +101,18 @@ class Batcher:
     def plan(self) -> StepPlan | None:
         """Fill the next step; None when there is nothing to compute."""
         draft = self._draft()
-        if not draft.rows and self._suspects and not self._in_flight:
+        if not draft and self._suspects and not self._in_flight:
             self._trial.make_room(self._batch)
             draft = self._draft()
-        if not draft.rows:
+        if not draft:
             return None
         self._in_flight.append(draft)
         self._step += 1
-        return StepPlan(draft.step, draft.admissions, draft.rows)
+        return draft.plan
 
-    def row_ids(self, plan: StepPlan) -> list[str]:
-        """Whose each row of a plan in flight is."""
-        return [member.id for member in self._planned(plan).members]
-
-    def starts(self, plan: StepPlan) -> list[Start]:
-        """Who ran for the first time with a plan in flight."""
-        return [Start(sequence.id, sequence.cached) for sequence in self._planned(plan).started]
+    def draft_of(self, plan: StepPlan) -> Draft:
+        """What is behind a plan in flight."""
+        return next(draft for draft in self._in_flight if draft.step == plan.step)
 
     def apply(self, step: int, tokens: list[int]) -> list[TokenEvent]:
         """Take the tokens a step sampled. Steps are applied in the order they were planned; raises ValueError if not."""
@@ -136,9 +123,9 @@ class Batcher:
             )
         self._in_flight.popleft()
         self._acquit(due)
-        for sequence, blocks, computed in due.filled:
+        for (sequence, blocks), row in zip(due.owners, due.rows, strict=True):
             if sequence.blocks is blocks:
-                self.pool.remember(sequence, computed)
+                self.pool.remember(sequence, row.start + row.length)
         return self._accept(due, tokens)
 
     def fail(self, *, lost: bool) -> list[Sequence]:
@@ -153,10 +140,10 @@ class Batcher:
             while self._in_flight:
                 self._batch.retract(self._in_flight.pop())
         marks = {}
-        for sequence, row in zip(failed.members, failed.rows, strict=True):
+        for sequence, end in failed.ends():
             if sequence.state is not State.ENDED:
                 sequence.failures += 1
-                marks[sequence.id] = row.start + row.length
+                marks[sequence.id] = end
         self._failing.update(marks)
         self._suspects.accuse(marks)
         return [self._sequences[id] for id in marks]
@@ -175,15 +162,12 @@ class Batcher:
         (self._trial if self._suspects else self.policy).fill(self._batch)
         return draft
 
-    def _planned(self, plan: StepPlan) -> Draft:
-        return next(draft for draft in self._in_flight if draft.step == plan.step)
-
     def _acquit(self, passed: Draft) -> None:
         """Who got past the point where a step failed is no longer under suspicion."""
         if not self._failing:
             return
-        for sequence, row in zip(passed.members, passed.rows, strict=True):
-            if not self._suspects or self._suspects.clear(sequence.id, row.start + row.length):
+        for sequence, end in passed.ends():
+            if not self._suspects or self._suspects.clear(sequence.id, end):
                 sequence.failures = 0
                 self._failing.discard(sequence.id)
         self._failing &= self._sequences.keys()

@@ -53,7 +53,6 @@ class Sequence:
         "sampling",
         "sent_blocks",
         "slot",
-        "slot_has_last_token",
         "smooth_until",
         "state",
         "stop_ids",
@@ -126,10 +125,9 @@ class Sequence:
         self.untell()
 
     def untell(self) -> None:
-        """The worker is to be told anew of its sampling parameters, its blocks and its last token."""
+        """The worker is to be told anew of its tokens, its sampling parameters and its blocks."""
         self.told = False
         self.sent_blocks = 0
-        self.slot_has_last_token = False
         self.smooth_until = 0
 
     @property

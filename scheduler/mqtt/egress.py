@@ -169,14 +169,11 @@ class Egress:
     def _take(self, report: StepReport) -> None:
         self._metrics.observe_step(report)
         self._outlook.observe(report)
-        for id in report.rows:
+        for id, cached in report.starts.items():
             generation = self._generations.get(id)
-            if generation is not None and generation.started_at is None:
-                generation.started_at = report.at - report.seconds
-        for start in report.starts:
-            generation = self._generations.get(start.id)
             if generation is not None:
-                generation.cached_tokens = start.cached
+                generation.started_at = report.at - report.seconds
+                generation.cached_tokens = cached
         for event in report.events:
             generation = self._generations.get(event.id)
             if generation is not None:

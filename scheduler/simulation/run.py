@@ -70,6 +70,7 @@ class Simulation:
         self.measure = measure
         self.gap = ServiceGap()
         self.now = 0.0
+        self._lengths = [0] * setup.limits.max_running
 
     def finish(self, watch: Watch) -> None:
         """Until everything that came has ended. Raises Stuck, or what ``arrivals`` does."""
@@ -98,15 +99,25 @@ class Simulation:
         return Outcome(self._figures(), self.gap.history)
 
     def _step(self, plan: StepPlan) -> None:
-        seconds = self._setup.cost.seconds(plan.work())
+        seconds = self._setup.cost.seconds(self.batcher.draft_of(plan).work)
         self.measure.stored(seconds, self.batcher.running.values(), self._setup.block_size)
         self._let_in(self.now + seconds)
         self.now += seconds
-        # A token is the number of its position, so that a stop token can name the position where a request stops.
-        tokens = [row.start + row.length for row in plan.rows if row.sample]
-        events = self.batcher.apply(plan.step, tokens)
+        events = self.batcher.apply(plan.step, self._positions(plan))
         self.measure.stepped(self.now, [event.id for event in events])
         self._observe()
+
+    def _positions(self, plan: StepPlan) -> list[int]:
+        """A token is the number of its position, so that a stop token can name the position where a request stops."""
+        lengths = self._lengths
+        for slot in plan.decodes:
+            lengths[slot] += 1
+        tokens = [lengths[slot] for slot in plan.decodes]
+        for row in plan.rows:
+            lengths[row.slot] = row.start + row.length
+            if row.sample:
+                tokens.append(lengths[row.slot])
+        return tokens
 
     def _let_in(self, until: float) -> None:
         """Submit what comes until then: the batcher hears of it while a step runs."""

@@ -50,7 +50,7 @@ class Worker:
 
     def pass_(self, step: int, token: int = TOKEN, seconds: float = 0.01, waited_s: float = 0.0) -> None:
         (plan,) = [plan for plan in self.sent if plan.step == step]
-        tokens = [token for row in plan.rows if row.sample]
+        tokens = [token] * plan.num_sampled
         self._answers.put_nowait(StepResult(step, tokens, seconds, waited_s))
 
     def fail(self, step: int) -> None:
@@ -113,7 +113,7 @@ async def test_there_is_one_more_step_in_the_pipe_while_one_runs_and_none_that_i
         scene.submit("a", tokens=4)
         ahead = await scene.sent(2)
         assert scene.engine.reports.empty()
-        assert [(row.start, row.tokens) for row in ahead.rows] == [(3, [])], "the last token never left the device"
+        assert (ahead.decodes, ahead.rows) == ([0], []), "the last token never left the device"
         for step, sent in ((0, 3), (1, 4), (2, 4), (3, 4)):
             scene.worker.pass_(step)
             assert (await scene.report()).step == step
@@ -130,7 +130,7 @@ async def test_an_arrival_joins_the_next_step_that_is_planned(monkeypatch, lead,
         scene.submit("b")
         scene.worker.pass_(0)
         plan = await scene.sent(step + 1)
-        assert [len(plan.rows) for plan in scene.worker.sent] == [1] * step + [2]
+        assert [len(plan.decodes) + len(plan.rows) for plan in scene.worker.sent] == [1] * step + [2]
         assert plan.step == step
 
 
@@ -172,17 +172,16 @@ async def test_a_failure_with_another_step_in_flight_makes_both_void(monkeypatch
         scene.submit("b", prompt=20)
         scene.worker.pass_(0)
         assert [event.id for event in (await scene.report()).events] == ["a"]
-        assert len((await scene.sent(3)).rows) == 2
+        both = await scene.sent(3)
+        assert (both.decodes, [row.slot for row in both.rows]) == ([0], [1])
         scene.worker.fail(1)
         failed = await scene.report()
         assert (failed.step, failed.ok, failed.rows, failed.events) == (1, False, ("a",), [])
-        assert [start.id for start in failed.starts] == ["b"], (
-            "it was admitted with the step after, which nobody reports"
-        )
+        assert list(failed.starts) == ["b"], "it was admitted with the step after, which nobody reports"
         await scene.until(lambda: len(scene.worker.sent) == 5)
         trial = scene.worker.sent[3]
-        assert [admission.slot for admission in trial.admissions] == [0]
-        assert [(row.slot, row.start, row.tokens) for row in trial.rows] == [(0, 3, [TOKEN])], "again, and alone"
+        assert [(admission.slot, admission.tokens[3:]) for admission in trial.admissions] == [(0, [TOKEN])]
+        assert [(row.slot, row.start, row.length) for row in trial.rows] == [(0, 3, 1)], "again, and alone"
         events = []
         while len(scene.engine.batcher):
             scene.worker.pass_(failed.step + 2 + len(events))
@@ -205,8 +204,9 @@ async def test_a_death_with_another_step_in_flight_is_one_failure_and_all_is_com
         assert (failed.step, failed.ok) == (1, False)
         scene.worker = scene.next_worker
         again = await scene.sent(2)
-        assert [(row.start, row.tokens) for row in scene.worker.sent[0].rows] == [(0, [5, 6, 7, TOKEN])]
-        assert [(row.start, row.tokens) for row in again.rows] == [(4, [])]
+        assert [admission.tokens for admission in scene.worker.sent[0].admissions] == [[5, 6, 7, TOKEN]]
+        assert [(row.start, row.length) for row in scene.worker.sent[0].rows] == [(0, 4)]
+        assert (again.decodes, again.rows) == ([0], [])
         for plan in [*scene.worker.sent]:
             scene.worker.pass_(plan.step)
             assert (await scene.report()).worker_restarts == 1

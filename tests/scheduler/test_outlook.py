@@ -219,9 +219,9 @@ class Worker:
 
     async def receive(self) -> StepResult:
         plan = self.sent.popleft()
-        seconds = FIXED_S + TOKEN_S * sum(row.length for row in plan.rows)
+        seconds = FIXED_S + TOKEN_S * (len(plan.decodes) + sum(row.length for row in plan.rows))
         self.clock.now += seconds
-        return StepResult(plan.step, [65 for row in plan.rows if row.sample], seconds)
+        return StepResult(plan.step, [65] * plan.num_sampled, seconds)
 
 
 class Service:

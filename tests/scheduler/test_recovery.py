@@ -102,8 +102,8 @@ class Worker:
         return Pong()
 
     def send(self, plan: StepPlan) -> None:
-        names = [id.partition("/")[2] for id in self.engine.batcher.row_ids(plan)]
-        self.steps.append(Seen(names, set(self.journal.on_trial), [row.tokens for row in plan.rows]))
+        names = [id.partition("/")[2] for id in self.engine.batcher.draft_of(plan).ids]
+        self.steps.append(Seen(names, set(self.journal.on_trial), [admission.tokens for admission in plan.admissions]))
         self.sent.append((plan, self.fatal in names))
 
     async def receive(self) -> StepResult:
@@ -113,7 +113,7 @@ class Worker:
             await self.release.wait()
         await asyncio.sleep(0)  # a real one takes time, in which others have their turn
         self.sent.popleft()
-        return StepResult(plan.step, [LETTER for row in plan.rows if row.sample], 0.001)
+        return StepResult(plan.step, [LETTER] * plan.num_sampled, 0.001)
 
 
 class Process:

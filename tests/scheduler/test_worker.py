@@ -13,12 +13,12 @@ from scheduler.config import Config, EngineConfig, ModelConfig
 from scheduler.worker import Worker, WorkerDied
 from tests.workers.models import save, tiny
 
-GOOD = [Row(0, 0, 3, [5, 6, 7], [0], True)]
-NO_SUCH_SLOT = [Row(99, 0, 3, [5, 6, 7], [0], True)]
+GOOD = [Row(0, 0, 3, [0], True)]
+NO_SUCH_SLOT = [Row(99, 0, 3, [0], True)]
 
 
 def step(number: int, rows: list[Row]) -> StepPlan:
-    return StepPlan(number, [Admission(0, Sampling())], rows)
+    return StepPlan(number, [Admission(0, [5, 6, 7], Sampling())], [], rows)
 
 
 class Pipe:

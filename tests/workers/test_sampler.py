@@ -74,7 +74,9 @@ def test_every_row_uses_its_own_mix_and_draws_its_own_distribution():
     for slot, mix in enumerate(mixes):
         sampler.assign(slot, Sampling(mix.temperature, mix.top_k, mix.top_p, mix.min_p, seed=slot + 77))
     slots = list(range(len(mixes)))
-    drawn = torch.stack([sampler.sample(logits, slots, [position] * len(mixes)) for position in range(draws)])
+    drawn = torch.stack(
+        [sampler.sample(logits, slots, torch.full((len(mixes),), position)) for position in range(draws)]
+    )
     for slot, mix in enumerate(mixes):
         if not mix.temperature:
             assert set(drawn[:, slot].tolist()) == {logits[slot].argmax().item()}
@@ -98,7 +100,7 @@ def test_a_tiny_temperature_is_greedy_not_nan():
     sampler = Sampler(1, CPU)
     sampler.assign(0, Sampling(temperature=1e-30))
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert sampler.sample(logits, [0], [9]).tolist() == [1]
+    assert sampler.sample(logits, [0], torch.tensor([9])).tolist() == [1]
 
 
 def test_a_slot_that_was_sampled_is_greedy_for_its_next_sequence():
@@ -106,7 +108,7 @@ def test_a_slot_that_was_sampled_is_greedy_for_its_next_sequence():
     sampler.assign(0, Sampling(temperature=2.0, seed=1))
     sampler.assign(0, Sampling())
     logits = torch.tensor([[1.0, 1.1, 1.0]])
-    assert {sampler.sample(logits, [0], [position]).item() for position in range(50)} == {1}
+    assert {sampler.sample(logits, [0], torch.tensor([position])).item() for position in range(50)} == {1}
 
 
 def test_a_seed_gives_the_same_tokens_alone_in_a_batch_of_32_and_after_preemption():

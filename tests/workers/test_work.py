@@ -42,7 +42,7 @@ def work(runner: Runner, *commands, pipe: type[io.BytesIO] = io.BytesIO) -> list
 
 
 def plan(step: int) -> StepPlan:
-    return StepPlan(step, [], [])
+    return StepPlan(step, [], [], [])
 
 
 def test_plans_made_before_a_failure_was_known_are_neither_executed_nor_answered():

@@ -11,9 +11,9 @@ class PrefillFirst(FirstComeFirstServed):
     def fill(self, batch: Batch) -> None:
         self.complete_prompts(batch)
         while (sequence := self.next_fitting(batch)) is not None:
-            if batch.draft.rows and len(sequence.tokens) > batch.draft.budget:
+            if batch.draft and len(sequence.tokens) > batch.draft.budget:
                 break
             batch.admit(sequence)
             batch.prefill(sequence, sequence.uncomputed)
-        if not batch.draft.rows:
+        if not batch.draft:
             self.decode(batch)

@@ -29,7 +29,8 @@ def on_poison(strike) -> None:
     step = Runner.step
 
     def poisoned(self, plan):
-        if any(row.start == 0 and row.tokens[1:2] == [POISON] for row in plan.rows):
+        admitted = {admission.slot: admission.tokens for admission in plan.admissions}
+        if any(row.start == 0 and admitted.get(row.slot, [])[1:2] == [POISON] for row in plan.rows):
             strike()
         return step(self, plan)
 

@@ -37,8 +37,10 @@ def step(batcher: Batcher, token: int = TOKEN) -> tuple[dict[str, int], list[Tok
     """Plan and apply; how many tokens were computed of whom, and what came out."""
     plan = batcher.plan()
     assert plan is not None
-    lengths = {id: row.length for id, row in zip(batcher.row_ids(plan), plan.rows, strict=True)}
-    return lengths, batcher.apply(plan.step, [token for row in plan.rows if row.sample])
+    lengths = dict(
+        zip(batcher.draft_of(plan).ids, [1] * len(plan.decodes) + [row.length for row in plan.rows], strict=True)
+    )
+    return lengths, batcher.apply(plan.step, [token] * plan.num_sampled)
 
 
 def first_tokens(batcher: Batcher, steps: int) -> dict[str, int]:

@@ -21,7 +21,7 @@ def sequence(id: str, prompt: int, max_tokens: int = 8) -> Sequence:
 def step(batcher: Batcher, token: int = 7):
     plan = batcher.plan()
     assert plan is not None
-    return plan, batcher.apply(plan.step, [token for row in plan.rows if row.sample])
+    return plan, batcher.apply(plan.step, [token] * plan.num_sampled)
 
 
 def test_prompts_and_decodes_share_one_budget_and_decodes_come_first():
@@ -30,19 +30,21 @@ def test_prompts_and_decodes_share_one_budget_and_decodes_come_first():
     step(batcher)
     batcher.submit(sequence("b", 20))
     plan, _ = step(batcher)
-    assert [(row.length, bool(row.tokens)) for row in plan.rows] == [(1, False), (7, True)]
+    assert plan.decodes == [0]
+    assert [(row.slot, row.length) for row in plan.rows] == [(1, 7)]
 
 
 def test_long_prompt_is_cut_into_chunks_and_samples_only_at_its_end():
     batcher = make(budget=8)
     batcher.submit(sequence("a", 20))
-    chunks = [step(batcher)[0].rows[0] for _ in range(3)]
+    plans = [step(batcher)[0] for _ in range(3)]
+    chunks = [plan.rows[0] for plan in plans]
     assert [(chunk.start, chunk.length, chunk.sample) for chunk in chunks] == [
         (0, 8, False),
         (8, 8, False),
         (16, 4, True),
     ]
-    assert [token for chunk in chunks for token in chunk.tokens] == list(range(10, 30))
+    assert [admission.tokens for plan in plans for admission in plan.admissions] == [list(range(10, 30))]
 
 
 def test_eos_frees_blocks_and_slot_in_that_iteration_and_a_waiting_one_is_in_the_next_step():
@@ -56,8 +58,8 @@ def test_eos_frees_blocks_and_slot_in_that_iteration_and_a_waiting_one_is_in_the
     assert (event.id, event.finish) == ("a", "stop")
     assert batcher.pool.num_free == batcher.pool.num_blocks
     following = batcher.plan()
-    assert batcher.row_ids(following) == ["b"]
-    assert following.admissions[0].slot == following.rows[0].slot == plan.rows[0].slot
+    assert batcher.draft_of(following).ids == ("b",)
+    assert following.admissions[0].slot == following.rows[0].slot == 0
 
 
 def test_length_ends_after_max_tokens():
@@ -82,8 +84,8 @@ def test_youngest_is_preempted_when_blocks_run_out_and_goes_on_later_with_all_it
     while old.state is not State.ENDED:
         step(batcher)
     plan = batcher.plan()
-    assert batcher.row_ids(plan) == ["young"]
-    assert plan.rows[0].tokens == kept
+    assert batcher.draft_of(plan).ids == ("young",)
+    assert plan.admissions[0].tokens == kept
     assert old.output == [7] * 9
 
 
@@ -92,7 +94,7 @@ def test_late_token_of_a_step_planned_ahead_is_dropped_and_counted():
     batcher.submit(sequence("a", 3))
     first = batcher.plan()
     ahead = batcher.plan()
-    assert ahead.rows[0].tokens == []
+    assert (ahead.decodes, ahead.rows) == ([0], [])
     assert batcher.apply(first.step, [EOS])[0].finish == "stop"
     assert batcher.apply(ahead.step, [9]) == []
     assert batcher.counters.late_tokens == 1
@@ -118,8 +120,9 @@ def test_restart_computes_everything_again():
     lost = batcher.plan()
     batcher.restart()
     again = batcher.plan()
-    assert batcher.row_ids(again) == ["a", "b"]
-    assert [row.tokens for row in again.rows] == [[10, 11, 12, 7]] * 2
+    assert batcher.draft_of(again).ids == ("a", "b")
+    assert [admission.tokens for admission in again.admissions] == [[10, 11, 12, 7]] * 2
+    assert [(row.start, row.length) for row in again.rows] == [(0, 4)] * 2
     with pytest.raises(ValueError, match=f"result of step {lost.step}"):
         batcher.apply(lost.step, [1, 1])
 
@@ -129,10 +132,10 @@ def trial(batcher: Batcher, poison: str, *, lost: bool) -> list[list[str]]:
     steps = []
     while True:
         plan = batcher.plan()
-        ids = batcher.row_ids(plan)
+        ids = list(batcher.draft_of(plan).ids)
         steps.append(ids)
         if poison not in ids:
-            batcher.apply(plan.step, [7] * sum(row.sample for row in plan.rows))
+            batcher.apply(plan.step, [7] * plan.num_sampled)
         elif len(batcher.fail(lost=lost)) == 1:
             return steps
 
@@ -149,12 +152,12 @@ def test_a_failing_step_is_halved_down_to_its_culprit_and_the_others_repeat_it(l
     assert steps == halves
     assert batcher.end("f").failures == 4
     plan = batcher.plan()
-    assert batcher.row_ids(plan) == ["g", "h"]
+    assert batcher.draft_of(plan).ids == ("g", "h")
     batcher.apply(plan.step, [7, 7])
     plan = batcher.plan()
-    assert sorted(batcher.row_ids(plan)) == ["a", "b", "c", "d", "e", "g", "h", "late"]
+    assert sorted(batcher.draft_of(plan).ids) == ["a", "b", "c", "d", "e", "g", "h", "late"]
     if not lost:
-        assert [row.length for row in plan.rows] == [1] * 7 + [3], "nobody's KV had to be computed again"
+        assert batcher.draft_of(plan).tokens == 7 * 1 + 3, "nobody's KV had to be computed again"
 
 
 def test_a_step_that_fails_once_costs_nobody_anything():
@@ -167,12 +170,12 @@ def test_a_step_that_fails_once_costs_nobody_anything():
     assert batcher.fail(lost=False) == [one, other]
     for name in ("a", "b"):
         plan = batcher.plan()
-        assert batcher.row_ids(plan) == [name]
-        assert [(row.start, row.tokens) for row in plan.rows] == [(3, [7])], "told anew, computed from where it was"
-        assert len(plan.admissions) == 1
+        assert batcher.draft_of(plan).ids == (name,)
+        assert [(row.start, row.length) for row in plan.rows] == [(3, 1)], "computed from where it was"
+        assert [admission.tokens[3:] for admission in plan.admissions] == [[7]], "told anew"
         batcher.apply(plan.step, [7])
     assert (one.failures, other.failures) == (0, 0)
-    assert len(step(batcher)[0].rows) == 2
+    assert batcher.draft_of(batcher.plan()).ids == ("a", "b")
 
 
 def test_those_who_are_not_on_trial_make_room_for_those_who_are():

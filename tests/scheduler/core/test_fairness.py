@@ -115,7 +115,7 @@ def test_backlogged_tenants_never_differ_by_more_than_the_bound(data, weights, r
                 prompt, output = shapes[tenant][sent[tenant] % len(shapes[tenant])]
                 batcher.submit(sequence(tenant, str(sent[tenant]), prompt, output))
         plan = batcher.plan()
-        batcher.apply(plan.step, [7] * sum(row.sample for row in plan.rows))
+        batcher.apply(plan.step, [7] * plan.num_sampled)
         service = {tenant: batcher.queue.counter(tenant) for tenant in tenants}
         for one in tenants:
             for other in tenants:
@@ -131,13 +131,13 @@ def test_one_tenant_with_a_hundred_requests_does_not_hold_up_another():
         batcher.submit(sequence("many", str(number), prompt=8, max_tokens=4))
     for _ in range(20):
         plan = batcher.plan()
-        batcher.apply(plan.step, [7] * sum(row.sample for row in plan.rows))
+        batcher.apply(plan.step, [7] * plan.num_sampled)
     batcher.submit(sequence("few", "1", prompt=8, max_tokens=4))
     seen = set()
     for _ in range(5):  # as soon as one of the two places is free
         plan = batcher.plan()
-        seen |= set(batcher.row_ids(plan))
-        batcher.apply(plan.step, [7] * sum(row.sample for row in plan.rows))
+        seen |= set(batcher.draft_of(plan).ids)
+        batcher.apply(plan.step, [7] * plan.num_sampled)
     assert "few/1" in seen
 
 

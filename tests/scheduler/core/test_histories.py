@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from protocol.plan import StepPlan
+from protocol.plan import Row, StepPlan
 from scheduler.core import policies
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher
@@ -18,30 +18,32 @@ EOS = 1
 
 
 class Worker:
-    """What a worker holds: a block table and the last token of each slot, and the token at every place of its KV blocks."""
+    """What a worker holds: a block table and the tokens of each slot, and the token at every place of its KV blocks."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.tables: dict[int, list[int]] = {}
         self.kv: dict[tuple[int, int], int] = {}
-        self.last: dict[int, int] = {}
+        self.texts: dict[int, dict[int, int]] = {}
         self.computed: dict[int, int | None] = {}
 
     def run(self, plan: StepPlan, sample) -> list[int]:
         for admission in plan.admissions:
             self.tables[admission.slot] = []
             self.computed[admission.slot] = None
-            self.last.pop(admission.slot, None)
+            self.texts[admission.slot] = dict(enumerate(admission.tokens))
+        decodes = [Row(slot, self.computed[slot], 1, [], sample=True) for slot in plan.decodes]
         tokens = []
-        for row in plan.rows:
+        for row in decodes + plan.rows:
             self.tables[row.slot] += row.new_blocks
+            text = self.texts[row.slot]
             assert row.start == (self.computed[row.slot] or row.start), "no position is computed twice or left out"
             self.computed[row.slot] = end = row.start + row.length
-            for position, token in zip(range(row.start, end), row.tokens or [self.last[row.slot]], strict=True):
-                self.kv[self._place(row.slot, position)] = token
+            for position in range(row.start, end):
+                self.kv[self._place(row.slot, position)] = text[position]
             if row.sample:
-                self.last[row.slot] = sample([self.kv[self._place(row.slot, position)] for position in range(end)])
-                tokens.append(self.last[row.slot])
+                text[end] = sample([self.kv[self._place(row.slot, position)] for position in range(end)])
+                tokens.append(text[end])
         return tokens
 
     def _place(self, slot: int, position: int) -> tuple[int, int]:
@@ -51,7 +53,11 @@ class Worker:
         """A step with these failed somewhere: nothing that it should have changed can be relied on."""
         for slot in slots & set(self.tables):
             self.tables[slot].append(0)
-            self.last[slot] = -1
+            self.texts[slot] = {}
+
+
+def slots_of(plan: StepPlan) -> list[int]:
+    return plan.decodes + [row.slot for row in plan.rows]
 
 
 class Histories(RuleBasedStateMachine):
@@ -119,29 +125,24 @@ class Histories(RuleBasedStateMachine):
         plan = self.batcher.plan()
         if plan is None:
             return
-        limits = self.batcher.limits
-        assert sum(row.length for row in plan.rows) > 0
+        limits, work = self.batcher.limits, self.batcher.draft_of(plan).work
+        assert 0 < work.tokens == len(plan.decodes) + sum(row.length for row in plan.rows)
         if self.policy in ("fair", "chunked"):
-            assert sum(row.length for row in plan.rows) <= limits.max_batch_tokens
-        slots = [row.slot for row in plan.rows]
+            assert work.tokens <= limits.max_batch_tokens
+        slots = slots_of(plan)
         assert len(set(slots)) == len(slots) <= limits.max_running
-        chunks = [len(row.tokens) > 1 for row in plan.rows]
-        assert not any(chunks[: sum(not row.tokens for row in plan.rows)]), "decodes come first"
         # The device runs steps in order, so what it samples is known here; the batcher hears of it later.
         # After one that fails it is of no consequence what the worker makes of those that follow.
-        fails = any(tokens is None for _, tokens in self.in_flight) or self.is_poisonous(plan)
-        self.in_flight.append((plan, None if fails else self.worker.run(plan, self.sample)))
-
-    def is_poisonous(self, plan) -> bool:
-        return any(
-            row.start + row.length > self.poison.get(id, 1000)
-            for id, row in zip(self.batcher.row_ids(plan), plan.rows, strict=True)
+        poisonous = any(
+            self.sequences[id].computed > self.poison.get(id, 1000) for id in self.batcher.draft_of(plan).ids
         )
+        fails = any(tokens is None for _, tokens, _ in self.in_flight) or poisonous
+        self.in_flight.append((plan, None if fails else self.worker.run(plan, self.sample), poisonous))
 
     def fail(self, *, lost):
         """The step whose result is due failed; the one at fault is given up the second time it is caught alone."""
-        poisonous = self.is_poisonous(self.in_flight[0][0])
-        slots = {row.slot for plan, _ in self.in_flight for row in plan.rows}
+        _, _, poisonous = self.in_flight[0]
+        slots = {slot for plan, _, _ in self.in_flight for slot in slots_of(plan)}
         self.in_flight.clear()
         failed = self.batcher.fail(lost=lost)
         if lost:
@@ -164,7 +165,7 @@ class Histories(RuleBasedStateMachine):
         if self.in_flight[0][1] is None:
             self.fail(lost=False)
             return
-        plan, tokens = self.in_flight.popleft()
+        plan, tokens, _ = self.in_flight.popleft()
         free = self.batcher.pool.num_free
         events = self.batcher.apply(plan.step, tokens)
         for event in events:

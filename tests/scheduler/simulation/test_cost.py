@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.plan import Row, StepPlan, Work
+from protocol.plan import Row, Work
+from scheduler.core.batch import Draft
 from scheduler.simulation import models
 from scheduler.simulation.cost import CostError, CostModel
 from scheduler.simulation.fit import TracedStep, fit
@@ -29,10 +30,12 @@ def steps(count: int, noise: float, model: CostModel = TRUE) -> list[TracedStep]
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 40)), min_size=1, max_size=8))
 def test_work_counts_what_attention_sees(shapes):
-    rows = [Row(slot, start, length, [], [], True) for slot, (start, length) in enumerate(shapes)]
+    decodes = [start for start, length in shapes if length == 1]
+    rows = [Row(slot, start, length, [], True) for slot, (start, length) in enumerate(shapes) if length > 1]
     seen = [[position + 1 for position in range(start, start + length)] for start, length in shapes]
-    assert StepPlan(0, [], rows).work() == Work(
-        rows=len(rows),
+    draft = Draft(0, 0, decodes=[0] * len(decodes), rows=rows, context=sum(start + 1 for start in decodes))
+    assert draft.work == Work(
+        rows=len(shapes),
         tokens=sum(length for _, length in shapes),
         context=sum(max(row) for row in seen),
         attended=sum(map(sum, seen)),
