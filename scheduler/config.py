@@ -55,12 +55,15 @@ class EngineConfig(Section, frozen=True):
     A worker that takes longer than ``step_timeout_s`` over a step is killed; over ``stalled_after_s``, the service isn't
     ready. A request is given up after ``attempts`` failing steps, the last of them with it alone.
 
+    With ``itl_target_ms`` prompts are cut so that a step takes about that long at most while somebody decodes.
+
     ``policy``: ``fair`` is ours; the others are what it is compared with. ``prefix_cache``: prompts of a tenant that begin
     alike are computed once; ``shared_prefixes`` are system messages that are computed once for all tenants.
     """
 
     max_running: Count = 64
     max_batch_tokens: Count = 256
+    itl_target_ms: Count | None = None
     block_size: Count = 16
     num_blocks: Count | None = None
     kv_memory_mb: Count = 1024

@@ -95,6 +95,10 @@ class Draft:
         ]
 
 
+#: Tokens of prompts that go into a step however many decode, so that no newcomer waits for ever.
+_LEAST_OF_PROMPTS = 16
+
+
 class Batch:
     """What policies act on. ``running`` holds who runs, the oldest first: who is ``decoding`` has one token to compute in the
     next step, who is ``prefilling`` may have more. ``draft`` is the step in the making."""
@@ -114,9 +118,12 @@ class Batch:
     def num_free_slots(self) -> int:
         return len(self._free_slots)
 
-    def begin(self, step: int) -> Draft:
-        """Start a new draft."""
-        self.draft = Draft(step, self.limits.max_batch_tokens)
+    def begin(self, step: int, most: int | None = None) -> Draft:
+        """Start a new draft, of ``most`` tokens while somebody decodes; a few of prompts may be among them all the same."""
+        budget = self.limits.max_batch_tokens
+        if most is not None and self.decoding:
+            budget = min(budget, max(most, len(self.decoding) + _LEAST_OF_PROMPTS))
+        self.draft = Draft(step, budget)
         return self.draft
 
     def fits(self, sequence: Sequence, tokens: int | None = None, *, freed: int = 0, slots: int = 0) -> bool:
