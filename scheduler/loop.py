@@ -128,7 +128,9 @@ class Engine:
         await self._worker.__aenter__()
         self.worker_up = True
         info = self.info = self._worker.info
-        limits = Limits(self._config.max_running, self._config.max_batch_tokens, info.max_model_len)
+        limits = Limits(
+            self._config.max_running, self._config.max_batch_tokens, info.max_model_len, self._config.max_adapters
+        )
         pool = BlockPool(info.num_blocks, info.block_size, prefix_cache=self._prefix_cache)
         self.batcher = Batcher(limits, pool, self._policy)
         return self

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from protocol.plan import StepPlan, StepResult
 from workers.attention import AttentionBackend, Attributes
 from workers.bridge import attending
+from workers.lora import Adapters
 from workers.sampler import Sampler
 from workers.slots import Inputs, Slots
 
@@ -47,6 +48,7 @@ class Runner:
         *,
         max_running: int,
         max_model_len: int,
+        adapters: Adapters | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         blocks = -(-max_model_len // backend.block_size)
@@ -54,6 +56,7 @@ class Runner:
         self._backend = backend
         self._slots = Slots(max_running, blocks, backend.block_size, backend.device)
         self._sampler = Sampler(max_running, backend.device)
+        self._adapters = adapters
         self._clock = clock
 
     @torch.inference_mode()
@@ -63,8 +66,13 @@ class Runner:
         for admission in plan.admissions:
             self._slots.admit(admission)
             self._sampler.assign(admission.slot, admission.sampling)
+            if self._adapters:
+                self._adapters.assign(admission.slot, admission.adapter)
         self._slots.extend(plan.rows)
         inputs = self._slots.inputs(plan)
+        if self._adapters:
+            lengths = [1] * len(plan.decodes) + [row.length for row in plan.rows]
+            self._adapters.use(plan.decodes + [row.slot for row in plan.rows], lengths)
         sampled = [*range(len(plan.decodes)), *_sampled(plan)]
         last = inputs.batch.query_start[1:][sampled].long() - 1
         logits = forward(self._module, self._backend, inputs, keep=last)

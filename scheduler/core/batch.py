@@ -1,5 +1,6 @@
 """The running batch: who runs, in which slot, on which blocks, and the step in the making."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from protocol.plan import Admission, Row, StepPlan, Work
@@ -10,11 +11,13 @@ from scheduler.core.sequence import Sequence, State
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``max_running`` sequences at once; ``max_batch_tokens`` computed per step; ``max_model_len`` tokens in a sequence."""
+    """``max_running`` sequences at once; ``max_batch_tokens`` computed per step; ``max_model_len`` tokens in a sequence;
+    ``max_adapters`` different ones among those who run."""
 
     max_running: int
     max_batch_tokens: int
     max_model_len: int
+    max_adapters: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_running <= self.max_batch_tokens:
@@ -101,7 +104,7 @@ _LEAST_OF_PROMPTS = 16
 
 class Batch:
     """What policies act on. ``running`` holds who runs, the oldest first: who is ``decoding`` has one token to compute in the
-    next step, who is ``prefilling`` may have more. ``draft`` is the step in the making."""
+    next step, who is ``prefilling`` may have more. ``adapters``: how many run with each. ``draft`` is the step in the making."""
 
     def __init__(self, limits: Limits, pool: BlockPool, queue: FairQueue) -> None:
         self.limits = limits
@@ -111,6 +114,7 @@ class Batch:
         self.running: dict[str, Sequence] = {}
         self.decoding: dict[str, Sequence] = {}
         self.prefilling: dict[str, Sequence] = {}
+        self.adapters: Counter[str] = Counter()
         self._free_slots = list(range(limits.max_running - 1, -1, -1))
         self.begin(0)
 
@@ -132,7 +136,8 @@ class Batch:
         needed = self.pool.blocks_for(len(sequence.tokens) if tokens is None else tokens)
         # One block is left for each running sequence, else the newcomer would soon preempt or be preempted.
         spare = self.pool.num_free + freed - len(self.running) + slots
-        return bool(len(self._free_slots) + slots and not sequence.unseen and needed <= spare)
+        room = len(self._free_slots) + slots and not sequence.unseen and needed <= spare
+        return bool(room) and self._has_adapter_for(sequence)
 
     def admit(self, sequence: Sequence, tokens: int | None = None) -> None:
         """Give a waiting sequence a slot, and blocks for ``tokens``, by default those it has. Raises OutOfBlocks."""
@@ -147,6 +152,8 @@ class Batch:
         sequence.state = State.RUNNING
         sequence.slot = self._free_slots.pop()
         self.running[sequence.id] = self.prefilling[sequence.id] = sequence
+        if sequence.adapter:
+            self.adapters[sequence.adapter] += 1
 
     def preempt(self, sequence: Sequence) -> None:
         """Its blocks are freed; its tokens are kept and computed again later."""
@@ -222,7 +229,9 @@ class Batch:
         draft = self.draft
         if not sequence.told:
             sequence.told = True
-            draft.admissions.append(Admission(sequence.slot, sequence.tokens.copy(), sequence.sampling))
+            draft.admissions.append(
+                Admission(sequence.slot, sequence.tokens.copy(), sequence.sampling, sequence.adapter)
+            )
         start = sequence.computed
         sequence.computed += length
         samples = sequence.computed == len(sequence.tokens) + sequence.unseen
@@ -236,7 +245,14 @@ class Batch:
             sequence.unseen += 1
             sequence.smooth_until = min(sequence.room, sequence.end_len - 1)
 
+    def _has_adapter_for(self, sequence: Sequence) -> bool:
+        """Whether its adapter is in use already, or another one may be."""
+        adapters = self.adapters
+        return not sequence.adapter or sequence.adapter in adapters or len(adapters) < self.limits.max_adapters
+
     def _take_out(self, sequence: Sequence) -> None:
+        if sequence.adapter:
+            self.adapters -= Counter({sequence.adapter: 1})
         del self.running[sequence.id]
         self.decoding.pop(sequence.id, None)
         self.prefilling.pop(sequence.id, None)
