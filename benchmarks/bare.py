@@ -13,7 +13,6 @@ import msgspec
 from protocol.plan import WorkerConfig
 from scheduler.worker import ENVIRONMENT
 
-
 #: 512 MiB.
 _READ_ROWS, _READ_COLUMNS = 1 << 15, 1 << 12
 _READ_PASSES = 8
