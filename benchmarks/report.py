@@ -59,7 +59,7 @@ def ladder_table(ladder: Ladder) -> str:
 
 
 def peers_text(figures: PeersFigures) -> str:
-    whole = next(peer for peer in figures.peers if peer.shortened == 1)
+    whole = max(figures.peers, key=lambda peer: peer.output_tokens)
     rows = [f"| {' | '.join(_peer_cells(peer))} |" for peer in figures.peers]
     lines = [
         "![output tokens per second, engine by engine](docs/peers.png)",

@@ -45,13 +45,13 @@ def job(workload: Workload, model: Path, threads: int, max_running: int) -> Job:
 
 
 def plot(figures: PeersFigures, file: Path) -> None:
-    """A bar for each that ran on the whole workload, from the slowest round's end to the fastest's in a line."""
+    """A bar for each that ran, and in a line from the slowest of its rounds to the fastest."""
     import matplotlib as mpl  # noqa: PLC0415 - slow to import, and needed only here
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    rows = [(peer.name, peer.output_tokens_per_s) for peer in figures.peers if peer.shortened == 1]
+    rows = [(_label(peer), peer.output_tokens_per_s) for peer in figures.peers]
     measured = [(name, rate) for name, rate in rows if rate is not None]
     figure, axes = plt.subplots(figsize=(7, 1 + 0.4 * len(measured)))
     bars = axes.barh(
@@ -69,11 +69,14 @@ def plot(figures: PeersFigures, file: Path) -> None:
     plt.close(figure)
 
 
+def _label(peer: PeerFigures) -> str:
+    return f"{peer.name}, outputs 1/{peer.shortened}" if peer.shortened > 1 else peer.name
+
+
 def _row(peer: PeerFigures) -> list[str]:
     rate = peer.output_tokens_per_s
     return [
-        peer.name,
-        f"1/{peer.shortened}" if peer.shortened > 1 else "whole",
+        _label(peer),
         "" if rate is None else f"{rate.median:.1f}",
         "" if rate is None else f"{rate.min:.1f} to {rate.max:.1f}",
         "" if peer.ours_over is None else f"{peer.ours_over:.2f}x ({peer.beside})",
@@ -85,7 +88,7 @@ def _row(peer: PeerFigures) -> list[str]:
 def _show(figures: PeersFigures) -> None:
     console = Console()
     table = Table(title=f"{figures.cpu}, {figures.threads} threads, {figures.rounds} rounds")
-    for column in ("peer", "outputs", "tokens/s", "range", "ours over it", "same tokens", "versions"):
+    for column in ("peer", "tokens/s", "range", "ours over it", "same tokens", "versions"):
         table.add_column(column)
     for peer in figures.peers:
         table.add_row(*_row(peer))
