@@ -8,8 +8,7 @@ from typing import get_args
 import click
 import msgspec
 
-from benchmarks import cli
-from benchmarks import floor as bare
+from benchmarks import bare, cli
 from benchmarks.workload import Workload, config, load, sequence
 from protocol.plan import WeightsName, WorkerConfig
 from scheduler.lead import Lead
@@ -95,8 +94,8 @@ async def _measure(workload: Workload, engine: Engine, reports: list[StepReport]
 
 def _floor_ratio(worker: WorkerConfig, reports: list[StepReport]) -> float:
     steps = [(report.work.tokens, len(report.events)) for report in reports]
-    products_s = asyncio.run(bare.seconds(bare.Job(worker, steps)))
-    return products_s / sum(report.seconds for report in reports)
+    times = asyncio.run(bare.time_bare(bare.Job(worker, steps)))
+    return times.products_s / sum(report.seconds for report in reports)
 
 
 def _traced(report: StepReport) -> TracedStep:

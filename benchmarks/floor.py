@@ -1,70 +1,109 @@
-"""The bare matrix products of steps that were run: what their time would be if everything else in them were free.
-
-A process of its own, `python -m benchmarks.floor`, under the worker's environment: a job in on stdin, seconds out.
-"""
+"""Decodes beside what the hardware allows: the bare matrix products of a full batch, and reading the weights once for one."""
 
 import asyncio
-import os
-import sys
-import time
+import statistics
+from typing import get_args
 
+import click
 import msgspec
 
-from protocol.plan import WorkerConfig
-from scheduler.worker import ENVIRONMENT
+from benchmarks import bare, cli, engine
+from benchmarks.bare import Bare
+from benchmarks.workload import config, mixed
+from protocol.plan import WeightsName, WorkerConfig
 
 
-class Job(msgspec.Struct, frozen=True):
-    """``steps``: of each step how many rows went through the model, and how many of them through its head."""
+class BatchFloor(msgspec.Struct, frozen=True):
+    """Of the steps in which ``batch`` sequences decode and nothing else happens, in the worker's own time; medians of rounds.
 
-    worker: WorkerConfig
-    steps: list[tuple[int, int]]
+    ``floor_ratio``: the share of a step that its bare matrix products take. ``bandwidth_ratio``: the share that reading
+    the weights once takes.
+    """
+
+    batch: int
+    steps: int
+    step_s: float
+    floor_ratio: float
+    bandwidth_ratio: float
 
 
-async def seconds(job: Job) -> float:
-    """What the job's products take. Raises RuntimeError."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "benchmarks.floor",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env=ENVIRONMENT | os.environ,
+class FloorFigures(msgspec.Struct, frozen=True):
+    """``weight_bytes``: what a step reads of weights at least. ``read_bytes_per_s``: how fast as many threads read memory."""
+
+    rounds: int
+    weights: WeightsName
+    weight_bytes: int
+    read_bytes_per_s: float
+    batches: list[BatchFloor]
+
+
+class _Round(msgspec.Struct, frozen=True):
+    steps: int
+    seconds: float
+    bare: Bare
+
+    @property
+    def step_s(self) -> float:
+        return self.seconds / self.steps
+
+
+def measure(worker: WorkerConfig, batch: int, prompt_tokens: int, output_tokens: int, vocab: int) -> _Round:
+    """One run of ``batch`` requests on a fresh worker. Raises ValueError when no step was decodes of them all."""
+    workload = mixed(
+        batch, prompt=(prompt_tokens, prompt_tokens), output=(output_tokens, output_tokens), seed=1, vocab=vocab
     )
-    answer, _ = await process.communicate(msgspec.json.encode(job))
-    if process.returncode:
-        raise RuntimeError(f"the floor's process ended with status {process.returncode}")
-    return msgspec.json.decode(answer, type=float)
+    _, reports = asyncio.run(engine.record(workload, worker))
+    decodes = [report for report in reports if report.decode_tokens == batch and report.prefill_tokens == 0]
+    if not decodes:
+        raise ValueError(f"in no step {batch} sequences decoded and nothing else happened; longer outputs are needed")
+    times = asyncio.run(bare.time_bare(bare.Job(worker, [(batch, batch)] * len(decodes))))
+    return _Round(len(decodes), sum(report.seconds for report in decodes), times)
 
 
-def measure(job: Job) -> float:
-    """Every linear layer in the model's order, packed as the worker packs it, on random rows: float32 on the CPU."""
-    import torch  # noqa: PLC0415 - only in the process that measures
+def _batch(batch: int, rounds: list[_Round]) -> BatchFloor:
+    return BatchFloor(
+        batch=batch,
+        steps=sum(each.steps for each in rounds),
+        step_s=statistics.median(each.step_s for each in rounds),
+        floor_ratio=statistics.median(each.bare.products_s / each.seconds for each in rounds),
+        bandwidth_ratio=statistics.median(each.bare.read_s / each.step_s for each in rounds),
+    )
 
-    from workers.linear import PackedLinear  # noqa: PLC0415
-    from workers.model import load  # noqa: PLC0415
-    from workers.packing import pack  # noqa: PLC0415
 
-    if job.worker.threads is not None:
-        torch.set_num_threads(job.worker.threads)
-    module = load(job.worker.model, "float32", "cpu").module
-    pack(module, job.worker.weights)
-    head = module.get_output_embeddings()
-    layers = [layer for layer in module.modules() if isinstance(layer, (PackedLinear, torch.nn.Linear))]
-    longest = max(rows for rows, _ in job.steps)
-    inputs = {width: torch.randn(longest, width) for width in {layer.in_features for layer in layers}}
-
-    def step(rows: int, sampled: int) -> None:
-        for layer in layers:
-            layer(inputs[layer.in_features][: sampled if layer is head else rows])
-
-    with torch.inference_mode():
-        step(*job.steps[0])
-        begun = time.perf_counter()
-        for rows, sampled in job.steps:
-            step(rows, sampled)
-        return time.perf_counter() - begun
+@click.command()
+@cli.options
+@click.option("--weights", default="auto", show_default=True, type=click.Choice(get_args(WeightsName)))
+@click.option("--prompt-tokens", default=128, show_default=True)
+@click.option("--output-tokens", default=96, show_default=True)
+@click.option("--vocab", default=49152, show_default=True, help="Prompts are drawn from token ids below this.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
+def main(
+    model: str,
+    max_running: int,
+    max_batch_tokens: int,
+    as_json: bool,
+    weights: WeightsName,
+    prompt_tokens: int,
+    output_tokens: int,
+    vocab: int,
+    rounds: int,
+) -> None:
+    """Decode one sequence, and --max-running of them, beside the bare products and the memory's bandwidth (CPU)."""
+    worker = msgspec.structs.replace(config(model, max_running, max_batch_tokens).worker(), weights=weights)
+    runs: dict[int, list[_Round]] = {1: [], max_running: []}
+    for _ in range(rounds):
+        for batch, done in runs.items():
+            done.append(measure(worker, batch, prompt_tokens, output_tokens, vocab))
+    times = [each.bare for done in runs.values() for each in done]
+    figures = FloorFigures(
+        rounds=rounds,
+        weights=weights,
+        weight_bytes=times[0].weight_bytes,
+        read_bytes_per_s=statistics.median(each.read_bytes_per_s for each in times),
+        batches=[_batch(batch, done) for batch, done in runs.items()],
+    )
+    cli.show(figures, as_json)
 
 
 if __name__ == "__main__":
-    sys.stdout.buffer.write(msgspec.json.encode(measure(msgspec.json.decode(sys.stdin.buffer.read(), type=Job))))
+    main()

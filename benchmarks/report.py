@@ -4,7 +4,8 @@
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
 ``accept.json`` is ``bench accept``. ``planning.json``, ``fairness.json`` and ``prefix.json`` are the benchmarks of those
 names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
-``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
+``tokenbus simulate --suite all --plot docs/suites.png``, both simulated. ``peers.json`` is ``bench peers --workload FILE
+--plot docs/peers.png``.
 """
 
 import re
@@ -18,6 +19,7 @@ from benchmarks import scale_text
 from benchmarks.accept import AcceptFigures
 from benchmarks.fairness import FairnessFigures, TenantFigures
 from benchmarks.ladder import Ladder
+from benchmarks.peers.figures import PeerFigures, PeersFigures
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
 from benchmarks.scale import ScaleFigures
@@ -54,6 +56,34 @@ def ladder_table(ladder: Ladder) -> str:
         f"{ladder.continuous_over_cached:.1f}x over one at a time and {ladder.continuous_over_static:.1f}x over static batches."
     )
     return "\n".join([*lines, "", summary])
+
+
+def peers_text(figures: PeersFigures) -> str:
+    whole = max(figures.peers, key=lambda peer: peer.output_tokens)
+    rows = [f"| {' | '.join(_peer_cells(peer))} |" for peer in figures.peers]
+    lines = [
+        "![output tokens per second, engine by engine](docs/peers.png)",
+        "",
+        "| engine | version | output tokens/s | slowest to fastest round | ours over it | requests with our greedy tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    summary = (
+        f"{whole.requests} requests at once, {whole.prompt_tokens:,} prompt and {whole.output_tokens:,} output tokens, greedy; "
+        f"{figures.cpu}, {figures.threads} threads each, medians of {figures.rounds} alternating rounds. `tokenbus bench peers` "
+        "repeats it; [how each is run](docs/peers.md)."
+    )
+    return "\n".join([*lines, *rows, "", summary])
+
+
+def _peer_cells(peer: PeerFigures) -> list[str]:
+    title = f"{peer.title}, outputs 1/{peer.shortened} as long" if peer.shortened > 1 else peer.title
+    rate = peer.output_tokens_per_s
+    if rate is None:
+        return [title, "", "did not run", "", "", ""]
+    over = "" if peer.ours_over is None or peer.name == peer.beside else f"{peer.ours_over:.2f}x"
+    equal = "" if peer.equal_requests is None else f"{peer.equal_requests} of {peer.requests}"
+    version = next(iter(peer.versions.values()), "")
+    return [title, version, f"{rate.median:.1f}", f"{rate.min:.1f} to {rate.max:.1f}", over, equal]
 
 
 def serve_line(figures: ServeFigures) -> str:
@@ -168,6 +198,7 @@ def _simulated(write: Callable[[ScaleFigures], str]) -> Text:
 PAGES: dict[str, dict[str, Text]] = {
     "README.md": {
         "ladder": lambda: ladder_table(_read("ladder.json", Ladder)),
+        "peers": lambda: _when_measured("peers.json", PeersFigures, peers_text),
         "serve": lambda: serve_line(_read("serve.json", ServeFigures)),
         "journal": lambda: journal_line(_read("journal.json", ServeFigures), _read("accept.json", AcceptFigures)),
         "fairness": lambda: _when_measured("fairness.json", FairnessFigures, fairness_text),

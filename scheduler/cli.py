@@ -44,6 +44,8 @@ _STARTING = (
 _UNANSWERED = 3
 _BENCHMARKS = (
     "engine",
+    "floor",
+    "peers",
     "serve",
     "accept",
     "ladder",

@@ -58,6 +58,11 @@ class PackedLinear(nn.Module):
             *addresses, self.in_features, self.out_features, FORMATS.index(format), gated=int(up is not None)
         )
 
+    @property
+    def nbytes(self) -> int:
+        """All that a product reads besides its input."""
+        return sum(tensor.nbytes for tensor in self._tensors)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 ``[..., in_features]`` -> ``[..., out_features]``. Raises ValueError for anything else."""
         if x.dtype != torch.float32 or x.shape[-1] != self.in_features or x.device.type != "cpu":

@@ -93,6 +93,22 @@ def test_the_floor_is_part_of_the_steps(files):
     assert 0 < figures["floor_ratio"] < 1
 
 
+def test_the_floor_of_decodes_looks_at_full_batches_only(files):
+    _, model = files
+    sizes = ("--prompt-tokens", "9", "--output-tokens", "40", "--vocab", "97", "--rounds", "1")
+    figures = bench("floor", "--model", str(model), *sizes)
+    assert [batch["batch"] for batch in figures["batches"]] == [1, 4]
+    alone, full = figures["batches"]
+    assert alone["steps"] == 39, "all but the first token, which the prompt gives"
+    assert 1 < full["steps"] <= 39
+    # Two layers, 32 wide, and the head; panels are padded and each has scales and biases.
+    weights = 4 * (2 * 32 * (32 + 16 + 16 + 32 + 3 * 48) + 32 * 97)
+    assert weights < figures["weight_bytes"] < 1.2 * weights
+    for batch in alone, full:
+        assert 0 < batch["floor_ratio"] < 1
+        assert 0 < batch["bandwidth_ratio"] < 1
+
+
 def test_slow_reader_measures_both_ways(served):
     sizes = ("--rounds", "1", "--flood", "4", "--tokens", "8", "--vocab", "97")
     figures = bench("slow_reader", "--model", served, *sizes)

@@ -1,0 +1,106 @@
+"""What steps that were run can't be faster than: the time of their bare matrix products, or of reading the weights.
+
+A process of its own, `python -m benchmarks.bare`, under the worker's environment: a job in on stdin, the times out.
+"""
+
+import asyncio
+import os
+import sys
+import time
+
+import msgspec
+
+from protocol.plan import WorkerConfig
+from scheduler.worker import ENVIRONMENT
+
+#: 512 MiB.
+_READ_ROWS, _READ_COLUMNS = 1 << 15, 1 << 12
+_READ_PASSES = 8
+
+
+class Job(msgspec.Struct, frozen=True):
+    """``steps``: of each step how many rows went through the model, and how many of them through its head."""
+
+    worker: WorkerConfig
+    steps: list[tuple[int, int]]
+
+
+class Bare(msgspec.Struct, frozen=True):
+    """``products_s``: all matrix products of all steps. ``weight_bytes``: what one step reads of weights at least.
+
+    ``read_bytes_per_s``: the best that the same threads read from memory, of several passes.
+    """
+
+    products_s: float
+    weight_bytes: int
+    read_bytes_per_s: float
+
+    @property
+    def read_s(self) -> float:
+        """To read the weights once."""
+        return self.weight_bytes / self.read_bytes_per_s
+
+
+async def time_bare(job: Job) -> Bare:
+    """Raises RuntimeError."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "benchmarks.bare",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=ENVIRONMENT | os.environ,
+    )
+    answer, _ = await process.communicate(msgspec.json.encode(job))
+    if process.returncode:
+        raise RuntimeError(f"the process of the bare products ended with status {process.returncode}")
+    return msgspec.json.decode(answer, type=Bare)
+
+
+def measure(job: Job) -> Bare:
+    """Every linear layer in the model's order, packed as the worker packs it, on random rows: float32 on the CPU."""
+    import torch  # noqa: PLC0415 - only in the process that measures
+
+    from workers.linear import PackedLinear  # noqa: PLC0415
+    from workers.model import load  # noqa: PLC0415
+    from workers.packing import pack  # noqa: PLC0415
+
+    if job.worker.threads is not None:
+        torch.set_num_threads(job.worker.threads)
+    module = load(job.worker.model, "float32", "cpu").module
+    pack(module, job.worker.weights)
+    head = module.get_output_embeddings()
+    layers = [layer for layer in module.modules() if isinstance(layer, (PackedLinear, torch.nn.Linear))]
+    longest = max(rows for rows, _ in job.steps)
+    inputs = {width: torch.randn(longest, width) for width in {layer.in_features for layer in layers}}
+
+    def step(rows: int, sampled: int) -> None:
+        for layer in layers:
+            layer(inputs[layer.in_features][: sampled if layer is head else rows])
+
+    with torch.inference_mode():
+        step(*job.steps[0])
+        begun = time.perf_counter()
+        for rows, sampled in job.steps:
+            step(rows, sampled)
+        products_s = time.perf_counter() - begun
+    packed = sum(layer.nbytes for layer in layers if isinstance(layer, PackedLinear))
+    plain = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+    return Bare(products_s, packed + plain, _read_bytes_per_s())
+
+
+def _read_bytes_per_s() -> float:
+    """A matrix that no cache holds, times a vector, several times; others on the machine only slow it down: the best counts."""
+    import torch  # noqa: PLC0415
+
+    matrix, vector = torch.ones(_READ_ROWS, _READ_COLUMNS), torch.ones(_READ_COLUMNS)
+    seconds = []
+    for _ in range(_READ_PASSES):
+        begun = time.perf_counter()
+        torch.mv(matrix, vector)
+        seconds.append(time.perf_counter() - begun)
+    return matrix.nbytes / min(seconds)
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(msgspec.json.encode(measure(msgspec.json.decode(sys.stdin.buffer.read(), type=Job))))
