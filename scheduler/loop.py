@@ -50,7 +50,8 @@ class StepReport:
     """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` the rest of the time since the result before, or
     since there was work; it is negative when that result was read late. ``waited_s``: how long the worker had waited for the plan
     while there was work. ``prefill_tokens`` were computed; ``starts`` says what the prefix cache spared those who ran for the
-    first time. ``ok`` is false for a step that failed.
+    first time. ``ok`` is false for a step that failed. ``plan_s``: how long it took to plan. ``charges``: service units that
+    tenants were charged since the report before.
     """
 
     step: int
@@ -70,10 +71,13 @@ class StepReport:
     late_tokens: int
     cached_tokens: int
     worker_restarts: int
+    cancelled_tokens: int = 0
+    plan_s: float = 0.0
     ok: bool = True
     starts: list[Start] = field(default_factory=list)
     events: list[TokenEvent] = field(default_factory=list)
     given_up: list[Failure] = field(default_factory=list)
+    charges: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class _Step:
     rows: tuple[str, ...]
     starts: list[Start]
     after_rest: bool
+    plan_s: float
 
     @property
     def tokens(self) -> int:
@@ -176,9 +181,10 @@ class Engine:
         plan = self.batcher.plan()
         if plan is None:
             return False
+        plan_s = self._clock() - begun
         self._worker.send(plan)
         rows, starts = tuple(self.batcher.row_ids(plan)), self.batcher.starts(plan)
-        self._in_flight.append(_Step(plan, rows, starts, after_rest=self._resting))
+        self._in_flight.append(_Step(plan, rows, starts, after_rest=self._resting, plan_s=plan_s))
         if self._resting:
             self._resting, self._busy_since = False, begun
         return True
@@ -290,8 +296,11 @@ class Engine:
                 late_tokens=batcher.counters.late_tokens,
                 cached_tokens=batcher.counters.cached_tokens,
                 worker_restarts=self.worker_restarts,
+                cancelled_tokens=batcher.counters.cancelled_tokens,
+                plan_s=step.plan_s,
                 ok=ok,
                 events=events or [],
                 given_up=given_up or [],
+                charges=batcher.queue.take_charges(),
             )
         )

@@ -18,7 +18,7 @@ from scheduler.admission import Admission, Bounds
 from scheduler.journal.entry import Entry, Listener
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.loop import Engine
-from scheduler.metrics import Metrics
+from scheduler.metrics.series import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
 from scheduler.outlook import Outlook
@@ -134,11 +134,12 @@ class Process:
         self.worker.engine = await enter(self.engine)
         group = await enter(asyncio.TaskGroup())
         self.admission = Admission(Bounds(100, 10_000, lambda _: Quota(100)), self.engine.now)
-        self.delivery = Delivery(self.broker, self.journal, group)
+        self.metrics = Metrics()
+        self.delivery = Delivery(self.broker, self.journal, group, self.metrics)
         text = SimpleNamespace(backend=TOKENIZER)
         self.outlook = Outlook(8, lambda _: 1.0)
         self.egress = Egress(
-            self.delivery, self.journal, self.engine, text, self.admission, self.outlook, Metrics(), 0.001
+            self.delivery, self.journal, self.engine, text, self.admission, self.outlook, self.metrics, 0.001
         )
         parts = (self.journal, self.engine, self.admission, self.delivery, self.egress)
         loops = (self.engine.run(), self.egress.run(), self.egress.flush_regularly(), self.egress.expire_overdue())
