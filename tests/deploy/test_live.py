@@ -79,13 +79,21 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
         service = ServiceProcess(folder, model, broker.url)
         service.config.write_text(CONFIG)
         async with service, prometheus(folder, service.http.removeprefix("http://")) as watching:
+            await until_scraped(watching)
             run = Run(service, watching, await load(broker.url))
             await service.settled()
-            await scraped(run)
+            await until_all_is_scraped(run)
             yield run
 
 
-async def scraped(run: Run) -> None:
+async def until_scraped(watching: Prometheus) -> None:
+    """Wait for Prometheus to have seen the beginning, so that what comes has grown in its eyes."""
+    async with asyncio.timeout(30):
+        while not await watching.query("tokenbus_worker_up"):
+            await asyncio.sleep(0.1)
+
+
+async def until_all_is_scraped(run: Run) -> None:
     """Wait until Prometheus has seen the end, and its rules have."""
     ended = sum(len(results) for results in run.results.values())
     async with asyncio.timeout(30):
