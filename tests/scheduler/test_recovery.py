@@ -44,8 +44,9 @@ class Broker:
     async def publish(self, topic: str, payload: bytes, *, correlation: bytes | None = None) -> None:
         self.published.append((topic, payload))
 
-    def publish_nowait(self, topic: str, payload: bytes, *, correlation: bytes | None = None) -> None:
+    def publish_nowait(self, topic: str, payload: bytes, *, correlation: bytes | None = None) -> bool:
         self.published.append((topic, payload))
+        return True
 
     def told(self, name: str) -> list[replies.Reply]:
         return [replies.decode_reply(payload) for topic, payload in self.published if topic == f"{TENANT}/out/{name}"]
@@ -264,6 +265,7 @@ async def test_a_request_that_takes_every_process_with_it_is_quarantined_and_nob
         (dead,) = [payload for topic, payload in process.broker.published if topic == f"{TENANT}/dead/fatal"]
         told = msgspec.json.decode(dead, type=Quarantined)
         assert told == Quarantined("fatal", failed.error.message, ATTEMPTS)
+        assert process.metrics.registry.get_sample_value("tokenbus_requests_quarantined_total") == 1
         assert "died 3 times" in told.reason
         assert [type(process.broker.terminal(name)[0]) for name in ("innocent", "plain")] == [Result, Result]
     assert await unfinished(path) == {}
