@@ -23,5 +23,7 @@ async def serving(settings: Config) -> AsyncIterator[Service]:
 
 
 def tokens(running: Service, kind: str) -> int:
-    """How many there were so far, by ``tokenbus_tokens_total``: ``prefill`` and ``decode`` computed, ``generated`` out."""
-    return int(running.metrics.registry.get_sample_value("tokenbus_tokens_total", {"kind": kind}) or 0)
+    """How many there were so far, of all tenants: ``prefill`` and ``decode`` computed, ``generated`` out."""
+    families = [*running.metrics.tokens.collect(), *running.metrics.computed.collect()]
+    samples = (sample for family in families for sample in family.samples)
+    return int(sum(sample.value for sample in samples if sample.labels["kind"] == kind))

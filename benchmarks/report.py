@@ -2,10 +2,10 @@
 
 ``python -m benchmarks.report`` after ``tokenbus bench ladder --json > benchmarks/results/ladder.json`` and
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
-``accept.json`` is ``bench accept``. ``planning.json``, ``fairness.json`` and ``prefix.json`` are the benchmarks of those
-names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
-``tokenbus simulate --suite all --plot docs/suites.png``, both simulated. ``peers.json`` is ``bench peers --workload FILE
---plot docs/peers.png``.
+``accept.json`` is ``bench accept``, ``scrape.json`` ``bench scrape``. ``planning.json``, ``fairness.json`` and
+``prefix.json`` are the benchmarks of those names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is
+``bench scale --trace FILE``, ``suites.json`` ``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
+``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``.
 """
 
 import re
@@ -23,6 +23,7 @@ from benchmarks.peers.figures import PeerFigures, PeersFigures
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
 from benchmarks.scale import ScaleFigures
+from benchmarks.scrape import ScrapeFigures
 from benchmarks.serve import ServeFigures
 from scheduler.simulation import figures as simulated
 from scheduler.simulation.suites import SuiteFigures, TimeToFirst
@@ -98,6 +99,14 @@ def journal_line(serve: ServeFigures, accept: AcceptFigures) -> str:
     return (
         f"The journal, on disk and synchronous: the same requests keep {serve.share_of_journal_off:.1%} of the tokens/s they "
         f"have without it; {accept.accepts_per_s:,.0f} requests/s are accepted from {accept.publishers} publishers."
+    )
+
+
+def scrape_line(figures: ScrapeFigures) -> str:
+    return (
+        f"With {figures.tenants:,} tenants, all named and all waiting, there are {figures.series:,} series; a scrape takes "
+        f"{1000 * figures.scrape_s:.0f} ms at the median, {1000 * figures.cpu_s:.0f} ms of CPU time "
+        f"(`tokenbus bench scrape`)."
     )
 
 
@@ -205,6 +214,9 @@ PAGES: dict[str, dict[str, Text]] = {
         "prefix": lambda: _when_measured("prefix.json", PrefixFigures, prefix_line),
         "planning": lambda: _when_measured("planning.json", PlanningFigures, planning_table),
         "directions": _simulated(scale_text.directions_table),
+    },
+    "docs/metrics.md": {
+        "scrape": lambda: _when_measured("scrape.json", ScrapeFigures, scrape_line),
     },
     "docs/scheduling.md": {
         "suites": lambda: suites_table(_read("suites.json", list[SuiteFigures])),

@@ -59,6 +59,7 @@ _BENCHMARKS = (
     "overlap",
     "overhead",
     "adapters",
+    "scrape",
 )
 
 

@@ -17,6 +17,7 @@ from scheduler.quotas import Quota
 ENV_PREFIX = "TOKENBUS_"
 EMBEDDED = "embedded"
 OFF = "off"
+_MOST_TIERS = 8
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -126,7 +127,7 @@ class LimitsConfig(Section, frozen=True):
 class TenantConfig(Section, frozen=True):
     """One tenant, in the file's section ``[tenants.NAME]``: a tenant of weight 2 gets twice the service of one of weight 1.
 
-    Its limits, where absent, are those of ``[limits]``.
+    Its limits, where absent, are those of ``[limits]``. ``tier``: with which others its latencies are measured.
     """
 
     weight: Annotated[float, Meta(gt=0, le=1000)] = 1.0
@@ -134,6 +135,7 @@ class TenantConfig(Section, frozen=True):
     requests_per_s: RequestsPerSecond | None = None
     tokens_per_min: TokensPerMinute | None = None
     max_context: Count | None = None
+    tier: str = "default"
 
 
 class ServiceConfig(Section, frozen=True):
@@ -148,10 +150,14 @@ class ServiceConfig(Section, frozen=True):
 
 
 class MetricsConfig(Section, frozen=True):
-    """Where /metrics and the health checks are served, over TLS with a certificate; port 0 takes a free one."""
+    """Where /metrics and the health checks are served, over TLS with a certificate; port 0 takes a free one.
+
+    The first ``tenants`` that the file names have series of their own, all others share those of ``other``.
+    """
 
     host: str = "127.0.0.1"
     port: Port = 9464
+    tenants: Annotated[int, Meta(ge=0, le=1000)] = 100
     cert_file: str | None = None
     key_file: str | None = None
 
@@ -181,6 +187,10 @@ class Config(Section, frozen=True):
     def weights(self) -> dict[str, float]:
         """The weights of the tenants that are named."""
         return {name: tenant.weight for name, tenant in self.tenants.items()}
+
+    def tiers(self) -> dict[str, str]:
+        """The tiers of the tenants that are named."""
+        return {name: tenant.tier for name, tenant in self.tenants.items()}
 
     def reloaded(self, new: "Config") -> "Config":
         """This one with what may change while the service runs: tenants and limits."""
@@ -265,14 +275,13 @@ def _check(config: Config) -> None:
     """What no single field can say."""
     adapters = ((f"model.adapters.{name}", name) for name in config.model.adapters)
     tenants = ((f"tenants.{name}", name) for name in config.tenants)
-    for field, name in (
-        ("model.alias", config.model.alias),
-        ("service.replica", config.service.replica),
-        *adapters,
-        *tenants,
-    ):
+    tiers = ((f"tenants.{name}.tier", tier) for name, tier in config.tiers().items())
+    alias, replica = ("model.alias", config.model.alias), ("service.replica", config.service.replica)
+    for field, name in (alias, replica, *adapters, *tenants, *tiers):
         if not topics.is_name(name):
             raise ConfigError(f"{field}: must be {topics.NAME_RULE}")
+    if len(set(config.tiers().values())) > _MOST_TIERS:
+        raise ConfigError(f"tenants: must be of at most {_MOST_TIERS} tiers, each of which has histograms of its own")
     _check_broker(config.broker)
     if config.engine.max_batch_tokens < config.engine.max_running:
         raise ConfigError("engine.max_batch_tokens: must be at least engine.max_running, so that no decode is left out")

@@ -4,6 +4,7 @@ import asyncio
 import tempfile
 import time
 import urllib.request
+from collections import defaultdict
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
@@ -88,11 +89,14 @@ async def _ask(client: Client, model: str, question: str, console: Console) -> R
 
 
 def _scrape(url: str) -> dict[str, float]:
-    """Samples without labels, by name."""
+    """Samples by name, summed over their labels."""
     with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - our own address on loopback
         page = answer.read().decode()
-    families = text_string_to_metric_families(page)
-    return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+    sums: defaultdict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            sums[sample.name] += sample.value
+    return sums
 
 
 def _summarise(results: list[Result], seconds: float, page: dict[str, float]) -> Summary:

@@ -51,7 +51,8 @@ class StepReport:
     """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` the rest of the time since the result before, or
     since there was work; it is negative when that result was read late. ``waited_s``: how long the worker had waited for the plan
     while there was work. ``prefill_tokens`` were computed; ``starts`` says how many tokens the prefix cache spared those who ran
-    for the first time. ``ok`` is false for a step that failed.
+    for the first time. ``ok`` is false for a step that failed. ``plan_s``: how long it took to plan. ``charges``: service units
+    that tenants were charged since the report before.
     """
 
     step: int
@@ -71,10 +72,13 @@ class StepReport:
     late_tokens: int
     cached_tokens: int
     worker_restarts: int
+    cancelled_tokens: int = 0
+    plan_s: float = 0.0
     ok: bool = True
     starts: dict[str, int] = field(default_factory=dict)
     events: list[TokenEvent] = field(default_factory=list)
     given_up: list[Failure] = field(default_factory=list)
+    charges: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class _Step:
     draft: Draft
     tokens: int
     after_rest: bool
+    plan_s: float
 
 
 class Engine:
@@ -174,9 +179,10 @@ class Engine:
         plan = self.batcher.plan(self._budget.tokens())
         if plan is None:
             return False
+        plan_s = self._clock() - begun
         self._worker.send(plan)
         draft = self.batcher.draft_of(plan)
-        self._in_flight.append(_Step(draft, draft.tokens, after_rest=self._resting))
+        self._in_flight.append(_Step(draft, draft.tokens, after_rest=self._resting, plan_s=plan_s))
         if self._resting:
             self._resting, self._busy_since = False, begun
         return True
@@ -225,7 +231,7 @@ class Engine:
         self._lead.observe(step.tokens, result.seconds, waited_s)
         self._budget.observe(step.tokens, result.seconds)
         events = self.batcher.apply(result.step, result.tokens)
-        self._report(step.draft, step.draft.starts, seconds=result.seconds, waited_s=waited_s, events=events)
+        self._report(step, step.draft.starts, seconds=result.seconds, waited_s=waited_s, events=events)
 
     def _fail(self, error: str, *, crashed: bool) -> None:
         """The oldest step failed, the others are void: the batcher looks for the one at fault, which may have no attempt left."""
@@ -238,7 +244,7 @@ class Engine:
             self.batcher.end(failed[0].id)
             given_up = [Failure(failed[0].id, error, crashed, failed[0].failures)]
         starts = {id: cached for step in steps for id, cached in step.draft.starts.items()}
-        self._report(steps[0].draft, starts, ok=False, given_up=given_up)
+        self._report(steps[0], starts, ok=False, given_up=given_up)
 
     async def _restart_worker(self) -> None:
         self.worker_up = False
@@ -258,7 +264,7 @@ class Engine:
 
     def _report(
         self,
-        draft: Draft,
+        step: _Step,
         starts: dict[str, int],
         *,
         seconds: float = 0.0,
@@ -267,7 +273,7 @@ class Engine:
         events: list[TokenEvent] | None = None,
         given_up: list[Failure] | None = None,
     ) -> None:
-        batcher, now = self.batcher, self._clock()
+        batcher, draft, now = self.batcher, step.draft, self._clock()
         since, self._busy_since = self._busy_since, now
         work = draft.work
         self.reports.put_nowait(
@@ -290,8 +296,11 @@ class Engine:
                 late_tokens=batcher.counters.late_tokens,
                 cached_tokens=batcher.counters.cached_tokens,
                 worker_restarts=self.worker_restarts,
+                cancelled_tokens=batcher.counters.cancelled_tokens,
+                plan_s=step.plan_s,
                 ok=ok,
                 events=events or [],
                 given_up=given_up or [],
+                charges=batcher.queue.take_charges(),
             )
         )

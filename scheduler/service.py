@@ -20,7 +20,8 @@ from scheduler.journal.entry import Journal
 from scheduler.journal.memory import MemoryJournal
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.loop import Engine, Patience
-from scheduler.metrics import Metrics
+from scheduler.metrics.fairness import FairnessCollector
+from scheduler.metrics.series import Metrics
 from scheduler.mqtt.broker import EmbeddedBroker
 from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
@@ -89,6 +90,7 @@ class Service:
         self.config = new
         self.admission.rebound(_bounds(new))
         self.engine.batcher.queue.reweigh(new.weights())
+        self.metrics.take_tenants(new.tiers())
         logger.info("tenants and limits were reloaded", extra={"tenants": len(new.tenants)})
 
     async def publish_status(self, status: replies.Status) -> None:
@@ -156,7 +158,7 @@ async def running(config: Config) -> AsyncIterator[Service]:
 
 async def _start(config: Config, data_dir: Path, broker_url: str, stack: contextlib.AsyncExitStack) -> Service:
     """Everything, from the worker outwards; the journal before the transport, for whose file it is, its session it is."""
-    metrics = Metrics()
+    metrics = Metrics(config.tiers(), config.metrics.tenants)
     policy = policies.create(config.engine.policy, config.weights())
     target_ms = config.engine.itl_target_ms
     engine = Engine(
@@ -184,12 +186,12 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     # Replies outlive the loops: should one of those fail for good, what has ended still reaches its tenant.
     tasks = await stack.enter_async_context(asyncio.TaskGroup())
     admission = Admission(_bounds(config), engine.now)
-    delivery = Delivery(transport, journal, tasks)
+    delivery = Delivery(transport, journal, tasks, metrics)
     outlook = Outlook(config.engine.max_running, engine.batcher.queue.weight)
     egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, config.service.flush_ms / 1000)
     reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
     watch = BrokerWatch(metrics.broker_dropped)
-    ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch)
+    ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch, metrics)
     service = Service(
         config,
         broker_url=broker_url,
@@ -216,6 +218,7 @@ def _watch(metrics: Metrics, service: Service) -> None:
         (metrics.worker_up, lambda: engine.worker_up),
         (metrics.running, lambda: len(batcher.running)),
         (metrics.waiting, lambda: batcher.num_waiting),
+        (metrics.oldest_waiting, lambda: service.egress.oldest_waiting_s),
         (metrics.kv_usage, lambda: 1 - batcher.pool.num_free / batcher.pool.num_blocks),
         (metrics.kv_blocks_free, lambda: batcher.pool.num_free),
         (metrics.kv_blocks, lambda: batcher.pool.num_blocks),
@@ -224,9 +227,15 @@ def _watch(metrics: Metrics, service: Service) -> None:
         (metrics.unacknowledged.labels("broker"), lambda: transport.unacknowledged),
         (metrics.unacknowledged.labels("service"), lambda: transport.unacknowledged_incoming),
         (metrics.journal_lag, lambda: service.journal.lag),
+        (metrics.journal_rows, lambda: service.journal.rows),
         (metrics.draining, lambda: service.ingress.draining),
     ):
         gauge.set_function(read)
+    info = engine.info
+    metrics.cache_config.labels(info.block_size, info.num_blocks, service.config.engine.prefix_cache).set(1)
+    kv_tokens = info.num_blocks * info.block_size
+    collector = FairnessCollector(batcher.queue, metrics.labels, longest_prompt=info.max_model_len, kv_tokens=kv_tokens)
+    metrics.registry.register(collector)
 
 
 @contextlib.asynccontextmanager

@@ -29,12 +29,14 @@ class Limits:
 
 @dataclass(slots=True)
 class Counters:
-    """Running totals. ``late_tokens`` were sampled for sequences that had ended meanwhile and were dropped; ``cached_tokens``
-    were found in the prefix cache, by whoever was admitted."""
+    """Running totals. ``late_tokens`` were sampled for sequences that had ended meanwhile and were dropped, of these
+    ``cancelled_tokens`` for those that were taken out; ``cached_tokens`` were found in the prefix cache, by whoever was
+    admitted."""
 
     preemptions: int = 0
     recomputed_tokens: int = 0
     late_tokens: int = 0
+    cancelled_tokens: int = 0
     cached_tokens: int = 0
 
 

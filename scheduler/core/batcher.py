@@ -179,6 +179,7 @@ class Batcher:
         for sequence, token in zip(passed.samplers, tokens, strict=True):
             if sequence.state is ended:
                 self.counters.late_tokens += 1
+                self.counters.cancelled_tokens += sequence.finish_reason(sequence.tokens[-1]) is None
                 continue
             sequence.tokens.append(token)
             sequence.unseen -= 1

@@ -56,7 +56,7 @@ class _Tenant:
 class FairQueue:
     """The sequences that wait, and what each tenant was served. ``weights`` names those that aren't 1.
 
-    Within a tenant: by priority, then deadline, then arrival. Every method costs O(log n), but for ``__iter__``.
+    Within a tenant: by priority, then deadline, then arrival. Every method costs O(log n), but for ``__iter__`` and ``backlog``.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None, price: Price = Price()) -> None:
@@ -66,6 +66,7 @@ class FairQueue:
         #: Tenants that use priorities.
         self.prioritised: set[str] = set()
         self._tenants: dict[str, _Tenant] = {}
+        self._charges: dict[str, float] = {}
         # A tenant's entry may hold a counter it had before: counters only grow, so a stale entry comes up too early and is
         # mended then. That way a charge costs nothing here.
         self._heap: list[tuple[float, str]] = []
@@ -82,6 +83,7 @@ class FairQueue:
         """From now on these weights hold; what was charged stays."""
         self._weights = dict(weights)
         self.heaviest = max([1.0, *weights.values()])
+        self.lightest = min([1.0, *weights.values()])
         for tenant in self._tenants.values():
             tenant.weight = self.weight(tenant.name)
 
@@ -95,6 +97,16 @@ class FairQueue:
     def served(self, tenant: str) -> float:
         """Service units so far, divided by the tenant's weight."""
         return self._tenant(tenant).served
+
+    def backlog(self) -> dict[str, float]:
+        """The counters of the tenants that have something waiting, for who watches from time to time."""
+        listed = (self._tenants[name] for _, name in self._heap)
+        return {tenant.name: tenant.counter for tenant in listed if tenant.waiting}
+
+    def take_charges(self) -> dict[str, float]:
+        """Service units that each tenant was charged since the last call, whatever its weight."""
+        charges, self._charges = self._charges, {}
+        return charges
 
     def waits(self, tenant: str) -> bool:
         """Whether it has something waiting."""
@@ -157,7 +169,9 @@ class FairQueue:
         tenant.running += 1
         if not sequence.charged:
             sequence.charged = True
-            share = self.price.input * (sequence.prompt_len - sequence.cached) / tenant.weight
+            units = self.price.input * (sequence.prompt_len - sequence.cached)
+            self._charges[tenant.name] = self._charges.get(tenant.name, 0.0) + units
+            share = units / tenant.weight
             tenant.served += share
             tenant.counter += share
             self.highest = max(self.highest, tenant.counter)
@@ -169,10 +183,12 @@ class FairQueue:
 
     def charge_output(self, tokens: Mapping[str, int]) -> None:
         """So many tokens of each tenant came out."""
-        price, tenants = self.price.output, self._tenants
+        price, tenants, charges = self.price.output, self._tenants, self._charges
         for name, count in tokens.items():
             tenant = tenants.get(name) or self._tenant(name)
-            share = price * count / tenant.weight
+            units = price * count
+            charges[name] = charges.get(name, 0.0) + units
+            share = units / tenant.weight
             tenant.served += share
             tenant.counter += share
             if tenant.counter > self.highest:  # noqa: PLR1730 - every step, for every tenant in it: max() costs as much as the rest

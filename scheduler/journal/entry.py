@@ -80,6 +80,10 @@ class Journal(Protocol):
     def lag(self) -> int:
         """Writes that wait."""
 
+    @property
+    def rows(self) -> int:
+        """Requests that it holds, ended ones included."""
+
     def unfinished(self) -> Sequence[Entry]:
         """What an earlier process accepted and didn't deliver, oldest first; each counts one more attempt already."""
 

@@ -24,6 +24,10 @@ class MemoryJournal:
         self._running: dict[str, bytes] = {}
         self._ended: OrderedDict[str, Taken] = OrderedDict()
 
+    @property
+    def rows(self) -> int:
+        return len(self._running) + len(self._ended)
+
     async def __aenter__(self) -> Self:
         return self
 

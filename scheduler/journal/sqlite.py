@@ -92,6 +92,7 @@ class SqliteJournal:
         self._pending: list[tuple[_Work, asyncio.Future[Any]]] = []
         self._came = asyncio.Event()
         self._used_bytes = 0
+        self._rows = 0
         self._unfinished: list[Entry] = []
         self._error: JournalError | None = None
 
@@ -125,11 +126,20 @@ class SqliteJournal:
     def lag(self) -> int:
         return len(self._pending)
 
+    @property
+    def rows(self) -> int:
+        return self._rows
+
     def unfinished(self) -> Sequence[Entry]:
         return self._unfinished
 
     def accept(self, entries: Sequence[Entry]) -> Awaitable[list[Taken | None]]:
-        return self._do(lambda database: [_insert(database, entry) for entry in entries])
+        def work(database: sqlite3.Connection) -> list[Taken | None]:
+            taken = [_insert(database, entry) for entry in entries]
+            self._rows += taken.count(None)
+            return taken
+
+        return self._do(work)
 
     def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
         return self._do(lambda database: [_find(database, id) for id in ids])
@@ -196,7 +206,7 @@ class SqliteJournal:
         with contextlib.suppress(JournalError):  # whoever writes next hears of it
             while True:
                 await asyncio.sleep(_PRUNE_EVERY_S)
-                while await self._do(self._prune) == _PRUNE_AT_ONCE:
+                while await self._do(self._prune) >= _PRUNE_AT_ONCE:
                     pass  # in pieces, so that other writes come in between
 
     def _commit(self, batch: list[_Work]) -> list[Any]:
@@ -215,7 +225,8 @@ class SqliteJournal:
         drop = f"DELETE FROM requests WHERE id IN ({oldest})"  # noqa: S608 (our own text)
         dropped = database.execute(drop, (_DELIVERED, before, _PRUNE_AT_ONCE)).rowcount
         if _used_bytes(database) > _NEARLY_FULL * self._max_bytes:
-            dropped = database.execute(drop, (_DELIVERED, math.inf, _PRUNE_AT_ONCE)).rowcount
+            dropped += database.execute(drop, (_DELIVERED, math.inf, _PRUNE_AT_ONCE)).rowcount
+        self._rows -= dropped
         for _ in range(min(_pragma(database, "freelist_count"), _PAGES_BACK_AT_ONCE)):
             database.execute("PRAGMA incremental_vacuum(1)")  # Python steps it once, and each step gives one page back
         self._used_bytes = _used_bytes(database)
@@ -252,6 +263,7 @@ class SqliteJournal:
         trouble = database.execute("PRAGMA quick_check").fetchone()[0]
         if trouble != "ok":
             raise JournalError(_unsound(self._path, trouble))
+        self._rows = database.execute("SELECT count(*) FROM requests").fetchone()[0]
         unfinished = database.execute(_UNFINISHED, (_DELIVERED,)).fetchall()
         self._unfinished = [_load(database, row) for row in unfinished]
         database.execute("PRAGMA journal_mode = WAL")

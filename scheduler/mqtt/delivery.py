@@ -11,6 +11,7 @@ from protocol.errors import ServiceError
 from protocol.replies import Chunk, Failed, Reply, Terminal
 from protocol.transport import PayloadTooLarge, PublishRefused, Transport
 from scheduler.journal.entry import Entry, Journal, Listener
+from scheduler.metrics.series import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,11 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 class Delivery:
     """Publishes replies at QoS 1. ``tasks`` runs the publishes."""
 
-    def __init__(self, transport: Transport, journal: Journal, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, transport: Transport, journal: Journal, tasks: asyncio.TaskGroup, metrics: Metrics) -> None:
         self._transport = transport
         self._journal = journal
         self._tasks = tasks
+        self._metrics = metrics
         self._pending: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
         self._room.set()
@@ -71,6 +73,7 @@ class Delivery:
 
     def quarantine(self, entry: Entry, reason: str, failures: int) -> None:
         """Say on the tenant's ``dead`` topic why a request won't be tried again."""
+        self._metrics.quarantined.inc()
         body = replies.encode(replies.Quarantined(entry.request_id, reason, failures))
         listener = Listener(topics.dead(entry.tenant, entry.request_id))
         self._start(self._publish(listener, body), name=f"publish to {listener.topic}")
@@ -80,9 +83,12 @@ class Delivery:
         payload = replies.encode(chunk)
         for listener in listeners:
             try:
-                self._transport.publish_nowait(listener.topic, payload, correlation=listener.correlation)
+                sent = self._transport.publish_nowait(listener.topic, payload, correlation=listener.correlation)
             except PayloadTooLarge as error:
+                sent = False
                 logger.info("a chunk to %r was lost: %s", listener.topic, error)
+            if not sent:
+                self._metrics.publish_failures.labels("chunk").inc()
 
     async def close(self, within_s: float) -> None:
         """What the broker doesn't take in time is left to the journal."""
@@ -121,12 +127,14 @@ class Delivery:
         try:
             await self._publish_or_say_why(listener, payload)
         except (PublishRefused, PayloadTooLarge, ValueError) as error:
+            self._metrics.publish_failures.labels("reply").inc()
             logger.error("a reply to %r was lost: %s", listener.topic, error)
 
     async def _publish_or_say_why(self, listener: Listener, payload: bytes) -> None:
         try:
             await self._transport.publish(listener.topic, payload, correlation=listener.correlation)
         except PayloadTooLarge as error:
+            self._metrics.publish_failures.labels("reply").inc()
             logger.error("a reply to %r was replaced: %s", listener.topic, error)
             answer = _decode_answer(payload)
             body = ServiceError("internal", f"the answer is over the broker's limit of {error.limit} bytes").body

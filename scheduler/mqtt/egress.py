@@ -13,7 +13,7 @@ from scheduler.deadlines import Deadlines
 from scheduler.generation import Generation, sequence_for
 from scheduler.journal.entry import Entry, Journal, Listener
 from scheduler.loop import Engine, Failure, StepReport
-from scheduler.metrics import Metrics
+from scheduler.metrics.series import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.outlook import Outlook
 from scheduler.text import Text
@@ -48,6 +48,7 @@ class Egress:
         self._flush_s = flush_s
         self._deadlines = Deadlines()
         self._generations: dict[str, Generation] = {}
+        self._unstarted: dict[str, Generation] = {}
         self._dirty: set[str] = set()
         self._text_came = asyncio.Event()
         self._changed = asyncio.Event()
@@ -57,6 +58,12 @@ class Egress:
 
     def __len__(self) -> int:
         return len(self._generations)
+
+    @property
+    def oldest_waiting_s(self) -> float:
+        """For how long the first of those who never ran has been waiting; 0 when nobody is."""
+        first = next(iter(self._unstarted.values()), None)
+        return 0.0 if first is None else self._engine.now() - first.accepted_at
 
     def begin(self, entry: Entry) -> None:
         """Run an entry that has its place, and say that it is in. From here on it ends in exactly one terminal message."""
@@ -73,7 +80,7 @@ class Egress:
             self._admission.release(entry)
             self.abandon(entry, error.body)
             return
-        self._generations[entry.id] = generation
+        self._generations[entry.id] = self._unstarted[entry.id] = generation
         self._outlook.begin(entry, generation.completion_tokens)
         if entry.expires_at is not None:
             self._deadlines.add(entry.id, entry.expires_at)
@@ -170,10 +177,9 @@ class Egress:
         self._metrics.observe_step(report)
         self._outlook.observe(report)
         for id, cached in report.starts.items():
-            generation = self._generations.get(id)
+            generation = self._unstarted.pop(id, None)
             if generation is not None:
-                generation.started_at = report.at - report.seconds
-                generation.cached_tokens = cached
+                self._take_start(generation, cached, report.at - report.seconds)
         for event in report.events:
             generation = self._generations.get(event.id)
             if generation is not None:
@@ -183,11 +189,20 @@ class Egress:
             if generation is not None:
                 self._give_up(generation, failure)
 
+    def _take_start(self, generation: Generation, cached: int, at: float) -> None:
+        generation.started_at, generation.cached_tokens = at, cached
+        series = self._metrics.of(generation.entry.tenant)
+        series.queue.observe(at - generation.accepted_at)
+        series.prompt.inc(len(generation.entry.prompt))
+        series.cached.inc(cached)
+
     def _take_token(self, generation: Generation, token: int, finish: FinishReason | None, at: float) -> None:
+        series = self._metrics.of(generation.entry.tenant)
+        series.generated.inc()
         if generation.last_token_at is not None:
-            self._metrics.itl.observe(at - generation.last_token_at)
+            series.itl.observe(at - generation.last_token_at)
         elif generation.completion_tokens == 0:  # else an earlier process gave the first one
-            self._metrics.ttft.observe(at - generation.accepted_at)
+            series.ttft.observe(at - generation.accepted_at)
         self._admission.generated(generation.entry)
         reason = generation.push(token, at, finish)
         if reason is None:
@@ -205,7 +220,6 @@ class Egress:
             return
         entry = generation.entry
         reason = f"the worker died {failure.failures} times with this request in its step, at last with it alone"
-        self._metrics.quarantined.inc()
         self._delivery.quarantine(entry, reason, failure.failures)
         self._fail(generation, ServiceError("quarantined", reason))
 
@@ -221,7 +235,7 @@ class Egress:
     def _close(self, entry: Entry, reply: Terminal, outcome: str, why: str | None = None) -> None:
         """End an accepted request that never began here."""
         self._metrics.accepted.inc()
-        self._metrics.requests.labels(outcome).inc()
+        self._metrics.of(entry.tenant).outcomes[outcome].inc()
         logger.info(
             "request ended",
             extra={"tenant": entry.tenant, "request_id": entry.request_id, "outcome": why or outcome},
@@ -231,14 +245,16 @@ class Egress:
     def _end(self, generation: Generation, reply: Terminal, outcome: str, last: Chunk | None = None) -> None:
         entry = generation.entry
         del self._generations[entry.id]
+        self._unstarted.pop(entry.id, None)
         self._dirty.discard(entry.id)
         if entry.expires_at is not None:
             self._deadlines.drop(entry.id, entry.expires_at)
         self._admission.leave(entry)
         self._outlook.end(entry.id)
         timings = generation.timings(self._engine.now())
-        self._metrics.requests.labels(outcome).inc()
-        self._metrics.e2e.observe(timings.total_s)
+        series = self._metrics.of(entry.tenant)
+        series.outcomes[outcome].inc()
+        series.e2e.observe(timings.total_s)
         logger.info(
             "request ended",
             extra={

@@ -16,6 +16,7 @@ from protocol.transport import Incoming, Transport
 from scheduler.admission import Admission
 from scheduler.generation import check_adapter, check_fits, seed_for
 from scheduler.journal.entry import Entry, Journal, Listener, Taken, digest
+from scheduler.metrics.series import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
 from scheduler.mqtt.watch import BrokerWatch
@@ -157,6 +158,7 @@ class Ingress:
         egress: Egress,
         delivery: Delivery,
         watch: BrokerWatch,
+        metrics: Metrics,
     ) -> None:
         self._transport = transport
         self._reader = reader
@@ -166,6 +168,7 @@ class Ingress:
         self._egress = egress
         self._delivery = delivery
         self._watch = watch
+        self._metrics = metrics
         self.accepting = False
         self.draining = False
 
@@ -173,6 +176,7 @@ class Ingress:
         """Acknowledgements go out in the order the messages came, once what they asked for is journalled."""
         self.accepting = not self.draining
         async for batch in self._transport.batches(_MOST_AT_ONCE):
+            self._metrics.redeliveries.inc(sum(incoming.duplicate for incoming in batch))
             await self._delivery.room()
             contents = await asyncio.to_thread(self._read_all, batch)
             held = await self._take(contents)
@@ -247,7 +251,9 @@ class Ingress:
         if taken.digest != digest(entry.model, entry.request):
             error = BadRequest("request_id", "was given to another request", "id_conflict")
             self._egress.refuse(listener, entry.request_id, error.body)
-        elif entry.id in self._egress:
+            return
+        self._metrics.duplicates.inc()
+        if entry.id in self._egress:
             await self._egress.join(entry.id, listener)
         else:
             self._delivery.send(listener, taken.reply or await self._reply_of(entry))

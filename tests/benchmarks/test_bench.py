@@ -160,3 +160,17 @@ def test_prefix_counts_what_is_computed_and_of_whom(served):
     isolation = figures["isolation"]
     assert [isolation[name]["computed_prompt_tokens"] for name in ("cold", "warm", "other")] == [74, 74 - 64, 74]
     assert "computes 74 of 74 tokens" in report.prefix_line(msgspec.convert(figures, PrefixFigures))
+
+
+def test_scrape_counts_every_series():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scrape", "--json", "--tenants", "20", "--rounds", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    figures = json.loads(done.stdout)
+    assert figures["tenants"] == 20
+    assert 300 < figures["series"] < 3000
+    assert figures["bytes"] > 10 * figures["series"]
+    assert figures["scrape_s"] <= figures["longest_scrape_s"]

@@ -18,6 +18,7 @@ from protocol.errors import RequestError
 from protocol.replies import Accepted, Failed, Result
 from protocol.request import Message, Request
 from tests.e2e.conftest import SHARED, tenant
+from tests.faults.service import totals
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
@@ -221,8 +222,7 @@ async def test_mosquitto_pub_and_sub_alone_can_use_the_service(running):
 async def test_metrics_tell_what_happened(running):
     def scrape() -> dict[str, float]:
         with urllib.request.urlopen(running.metrics_url, timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+            return totals(answer.read().decode())
 
     before = await asyncio.to_thread(scrape)
     async with Client(running.broker_url, tenant="alice") as client:
@@ -237,7 +237,10 @@ async def test_metrics_tell_what_happened(running):
     assert grown('tokenbus_tokens_total{kind="generated"}') == result.usage.completion_tokens == 12
     cached = grown('tokenbus_tokens_total{kind="cached"}')
     assert cached == result.usage.prompt_tokens_details.cached_tokens > 0
-    assert grown('tokenbus_tokens_total{kind="prefill"}') + cached == result.usage.prompt_tokens
+    assert grown('tokenbus_tokens_total{kind="prompt"}') == result.usage.prompt_tokens
+    assert grown('tokenbus_computed_tokens_total{kind="prefill"}') + cached == result.usage.prompt_tokens
+    assert grown("tokenbus_service_units_total") == result.usage.prompt_tokens - cached + 2 * 12
+    assert grown("tokenbus_queue_seconds_count") == 1
     assert grown("tokenbus_time_to_first_token_seconds_count") == 1
     assert grown("tokenbus_inter_token_latency_seconds_count") == 11
     # One that was planned ahead of an earlier request's end may have been running still.

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -27,6 +28,17 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+def totals(page: str) -> dict[str, float]:
+    """The samples of a page of metrics by name and labels, summed over the tenants and tiers."""
+    sums: Counter[str] = Counter()
+    for line in page.splitlines():
+        if not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            name = re.sub(r',?(tenant|tier)="[^"]*"', "", name).replace("{,", "{").replace("{}", "")
+            sums[name] += float(value)
+    return sums
 
 
 class ServiceProcess:
@@ -113,9 +125,9 @@ class ServiceProcess:
         return json.loads((await self.ask("/readyz"))[1])["checks"]
 
     async def metrics(self) -> dict[str, float]:
+        """By name and labels, summed over the tenants and tiers."""
         _, page = await self.ask("/metrics")
-        lines = [line.rpartition(" ") for line in page.splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, _, value in lines}
+        return totals(page)
 
     async def settled(self) -> dict[str, float]:
         """Wait until nothing is under way; then all blocks are free and what was accepted is what has ended."""

@@ -40,7 +40,8 @@ async def test_a_result_over_the_brokers_limit_ends_as_a_typed_error(tmp_path, m
                 await client.complete(LONG, model="tiny", request_id="long")
             assert caught.value.code == "internal"
         assert (await client.complete(SHORT, model="tiny")).usage.completion_tokens == 1
-        await service.settled()
+        metrics = await service.settled()
+        assert metrics['tokenbus_publish_failures_total{kind="reply"}'] == 2
 
 
 async def test_chunks_and_errors_over_the_brokers_limit_are_given_up_and_disturb_nobody(tmp_path, model):
@@ -61,7 +62,8 @@ async def test_chunks_and_errors_over_the_brokers_limit_are_given_up_and_disturb
             ("error", Accepted),
             ("error", Failed),
         }
-        await service.settled()
+        metrics = await service.settled()
+        assert metrics['tokenbus_publish_failures_total{kind="chunk"}'] > 0
         log = service.log.read_text()
         assert f"a chunk to '{inbox}' was lost" in log
         assert log.count(f"a reply to '{inbox}' was lost") == 1

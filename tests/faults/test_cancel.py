@@ -28,7 +28,7 @@ def ids(state: str, count: int) -> list[str]:
 DECODING, WAITING, FINISHED, AGAIN = ids("decoding", 10), ids("waiting", 45), ids("finished", 20), ids("again", 10)
 PREFILLING, UNKNOWN = ["prefilling"], ids("unknown", 14)
 RAN = [*DECODING, *PREFILLING, *WAITING, *AGAIN]
-WASTED = 'tokenbus_wasted_tokens_total{reason="ended"}'
+WASTED = 'tokenbus_wasted_tokens_total{reason="cancelled"}'
 ALL = [*RAN, *FINISHED, *UNKNOWN]
 
 

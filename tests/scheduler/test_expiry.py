@@ -71,7 +71,7 @@ async def take(process: Process, *messages: Incoming) -> list[Incoming]:
     transport = SimpleNamespace(batches=batches, acknowledge=acknowledged.append)
     watch = BrokerWatch(Counter("any", "any", registry=None))
     parts = (process.journal, process.admission, process.outlook, process.egress, process.delivery)
-    await Ingress(transport, READER, *parts, watch).run()
+    await Ingress(transport, READER, *parts, watch, process.metrics).run()
     return acknowledged
 
 

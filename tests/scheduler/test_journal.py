@@ -46,6 +46,14 @@ async def test_what_has_ended_is_replayed_before_and_after_delivery(journal):
     assert await journal.accept([entry("alice/a", "whatever")]) == ended == await journal.find(["alice/a"])
 
 
+async def test_rows_count_each_request_once_until_it_is_dropped(journal):
+    assert journal.rows == 0
+    await journal.accept([entry("alice/a"), entry("alice/b"), entry("alice/a")])
+    await finish(journal, "alice/a")
+    await journal.accept([entry("alice/a"), entry("alice/c")])
+    assert journal.rows == 3
+
+
 async def test_find_takes_nothing(journal):
     assert await journal.find([]) == []
     assert await journal.find(["alice/a", "alice/b"]) == [None, None]
@@ -265,6 +273,9 @@ async def test_results_are_kept_for_the_retention_time_and_nothing_else_is_ever_
             [True, True, False, False],
         ]
         assert await journal.accept([entry("alice/late")]) == [None], "its id is free again"
+        assert journal.rows == 3
+    async with opened(path) as journal:
+        assert journal.rows == 3
 
 
 async def test_over_max_bytes_the_oldest_results_go_first(path, monkeypatch):
@@ -282,6 +293,7 @@ async def test_over_max_bytes_the_oldest_results_go_first(path, monkeypatch):
         assert kept == sorted(kept), "no older one outlived a newer one"
         assert 20 < sum(kept) < 50
         assert None not in await journal.find(["alice/running", "alice/undelivered"])
+        assert journal.rows == sum(kept) + 2
 
 
 async def test_results_make_room_even_when_the_clock_went_back(path):

@@ -18,7 +18,7 @@ from scheduler.admission import Admission, Bounds
 from scheduler.journal.entry import Entry, Listener
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.loop import Engine
-from scheduler.metrics import Metrics
+from scheduler.metrics.series import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
 from scheduler.outlook import Outlook
@@ -44,8 +44,9 @@ class Broker:
     async def publish(self, topic: str, payload: bytes, *, correlation: bytes | None = None) -> None:
         self.published.append((topic, payload))
 
-    def publish_nowait(self, topic: str, payload: bytes, *, correlation: bytes | None = None) -> None:
+    def publish_nowait(self, topic: str, payload: bytes, *, correlation: bytes | None = None) -> bool:
         self.published.append((topic, payload))
+        return True
 
     def told(self, name: str) -> list[replies.Reply]:
         return [replies.decode_reply(payload) for topic, payload in self.published if topic == f"{TENANT}/out/{name}"]
@@ -134,11 +135,12 @@ class Process:
         self.worker.engine = await enter(self.engine)
         group = await enter(asyncio.TaskGroup())
         self.admission = Admission(Bounds(100, 10_000, lambda _: Quota(100)), self.engine.now)
-        self.delivery = Delivery(self.broker, self.journal, group)
+        self.metrics = Metrics()
+        self.delivery = Delivery(self.broker, self.journal, group, self.metrics)
         text = SimpleNamespace(backend=TOKENIZER)
         self.outlook = Outlook(8, lambda _: 1.0)
         self.egress = Egress(
-            self.delivery, self.journal, self.engine, text, self.admission, self.outlook, Metrics(), 0.001
+            self.delivery, self.journal, self.engine, text, self.admission, self.outlook, self.metrics, 0.001
         )
         parts = (self.journal, self.engine, self.admission, self.delivery, self.egress)
         loops = (self.engine.run(), self.egress.run(), self.egress.flush_regularly(), self.egress.expire_overdue())
@@ -263,6 +265,7 @@ async def test_a_request_that_takes_every_process_with_it_is_quarantined_and_nob
         (dead,) = [payload for topic, payload in process.broker.published if topic == f"{TENANT}/dead/fatal"]
         told = msgspec.json.decode(dead, type=Quarantined)
         assert told == Quarantined("fatal", failed.error.message, ATTEMPTS)
+        assert process.metrics.registry.get_sample_value("tokenbus_requests_quarantined_total") == 1
         assert "died 3 times" in told.reason
         assert [type(process.broker.terminal(name)[0]) for name in ("innocent", "plain")] == [Result, Result]
     assert await unfinished(path) == {}

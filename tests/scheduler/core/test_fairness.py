@@ -152,3 +152,27 @@ def test_nobody_waits_while_there_is_room(tenants):
     for number in range(4):
         batcher.submit(sequence(f"t{number % tenants}", str(number)))
     assert len(batcher.plan().rows) == 4
+
+
+def test_charges_are_told_once_in_units_whatever_the_weight():
+    queue = FairQueue({"a": 4.0}, Price(1, 2))
+    for tenant in "ab":
+        queue.push(sequence(tenant, "1", 10))
+        queue.admit(queue.head())
+    queue.charge_output({"a": 3})
+    assert queue.take_charges() == {"a": 16, "b": 10}
+    assert queue.take_charges() == {}
+    queue.charge_output({"b": 1})
+    assert queue.take_charges() == {"b": 2}
+
+
+def test_the_backlog_holds_the_counters_of_those_who_wait():
+    queue = FairQueue({"a": 2.0}, Price(1, 2))
+    assert queue.backlog() == {}
+    for tenant, id in ("a1", "a2", "b1"):
+        queue.push(sequence(tenant, id, 10))
+    queue.admit(queue.head_of("a"))
+    queue.charge_output({"a": 1, "b": 2})
+    assert queue.backlog() == {"a": 6, "b": 4}
+    queue.admit(queue.head_of("b"))
+    assert queue.backlog() == {"a": 6}
