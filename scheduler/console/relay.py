@@ -1,0 +1,56 @@
+"""MQTT over WebSockets for the page, to a broker that speaks plain MQTT only (MQTT 5.0, section 6).
+
+The embedded broker takes anyone on the machine. A WebSocket listener of its own would let in any web page that is open in a
+browser there, for browsers ask nobody before they connect; here the console has checked where the page is from.
+"""
+
+import asyncio
+
+from aiohttp import WSMsgType, web
+
+from protocol.transport import BrokerAddress
+
+_SUBPROTOCOL = "mqtt"
+_CHUNK_BYTES = 64 * 1024
+_CONNECT_S = 5.0
+
+
+async def relay(request: web.Request, broker: BrokerAddress) -> web.StreamResponse:
+    """Carry bytes both ways until either side ends. Raises HTTPBadRequest for what isn't MQTT over WebSockets, HTTPBadGateway."""
+    page = web.WebSocketResponse(protocols=[_SUBPROTOCOL], max_msg_size=_CHUNK_BYTES, compress=False)
+    if page.can_prepare(request).protocol != _SUBPROTOCOL:
+        raise web.HTTPBadRequest(text="this address speaks MQTT over WebSockets")
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    except (OSError, TimeoutError):
+        raise web.HTTPBadGateway(text="the broker can't be reached") from None
+    try:
+        await page.prepare(request)
+        ways = {
+            asyncio.create_task(_to_broker(page, writer), name="console to broker"),
+            asyncio.create_task(_to_page(reader, page), name="broker to console"),
+        }
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            await page.close()
+    finally:
+        writer.close()
+    return page
+
+
+async def _to_broker(page: web.WebSocketResponse, writer: asyncio.StreamWriter) -> None:
+    async for message in page:
+        if message.type is not WSMsgType.BINARY:  # MQTT-6.0.0-1
+            return
+        writer.write(message.data)
+        await writer.drain()
+
+
+async def _to_page(reader: asyncio.StreamReader, page: web.WebSocketResponse) -> None:
+    while data := await reader.read(_CHUNK_BYTES):
+        await page.send_bytes(data)
