@@ -1,6 +1,6 @@
 #!/bin/sh
-# System programs that make needs: a broker with its command-line clients, openssl for the tests' certificates, and a compiler
-# for the CPU attention kernel.
+# System programs that make needs: a broker with its command-line clients, openssl for the tests' certificates, a browser for
+# those of the console, and a compiler for the CPU attention kernel.
 # As root on a Debian-like system they are installed when missing; elsewhere this says what to install.
 set -eu
 
@@ -9,6 +9,7 @@ PATH="$PATH:/usr/sbin:/usr/local/sbin"
 command -v mosquitto >/dev/null || missing="$missing mosquitto"
 command -v mosquitto_pub >/dev/null || missing="$missing mosquitto-clients"
 command -v openssl >/dev/null || missing="$missing openssl"
+command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || missing="$missing chromium"
 command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || missing="$missing g++"
 [ -n "$missing" ] || exit 0
 

@@ -13,6 +13,8 @@ from scheduler.console.server import PREFIX, Checks, Console
 
 #: What may still be answered when the server stops; idle connections are closed at once.
 _STOP_S = 1.0
+#: The biggest body that anything here takes: a login.
+_MOST_BODY_BYTES = 4096
 
 
 class HttpServer:
@@ -45,7 +47,7 @@ class HttpServer:
         self._console = console
 
     async def __aenter__(self) -> Self:
-        application = web.Application()
+        application = web.Application(client_max_size=_MOST_BODY_BYTES)
         application.add_routes(
             [
                 web.get("/metrics", self._metrics),

@@ -191,4 +191,4 @@ class Activity:
 
     def _request_rows(self) -> list[RequestRow]:
         waiting = islice((request for request in self._requests.values() if not request.runs), MOST_WAITING)
-        return [request.row() for request in (*self._ended, *self._running.values(), *waiting)]
+        return [request.row() for request in (*self._running.values(), *waiting, *reversed(self._ended))]

@@ -31,8 +31,6 @@ Checks = Callable[[], dict[str, bool]]
 _TICK_S = 0.5
 #: Streams and broker connections that are open at once.
 _MOST_OPEN = 64
-_MOST_LOGIN_BYTES = 4096
-_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -73,7 +71,7 @@ class Console:
         self._num_open = 0
         self._activity: Activity | None = None
         self._embedded: BrokerAddress | None = None
-        self.application = web.Application(middlewares=[self._check_sender], client_max_size=_MOST_LOGIN_BYTES)
+        self.application = web.Application(middlewares=[self._check_sender])
         self.application.on_response_prepare.append(self._add_headers)
         self.application.add_routes(
             [
@@ -99,7 +97,7 @@ class Console:
 
         Without a password the Host is all that tells our page from one of a domain that was pointed at loopback (DNS rebinding).
         """
-        if self._sessions is None and request.url.host not in _LOOPBACK_NAMES:
+        if self._sessions is None and not _is_loopback(request.url.host or ""):
             raise web.HTTPForbidden(text="without console.password_file the console is for loopback addresses only")
         origin = request.headers.get(hdrs.ORIGIN)
         if origin is not None and origin.partition("://")[2] != request.host:

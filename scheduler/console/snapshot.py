@@ -44,8 +44,8 @@ class TenantRow(msgspec.Struct, frozen=True):
 class Snapshot(msgspec.Struct, frozen=True):
     """``checks`` are those of /readyz. ``rows`` and ``step_s`` are of the last step; rates are means over the last seconds.
 
-    Of tenants and requests only some are listed: ``tenants`` the busiest, ``requests`` those that run, that ended last and
-    that have waited longest.
+    Of tenants and requests only some are listed: ``tenants`` the busiest, ``requests`` those that run, then those that have
+    waited longest, then those that ended last.
     """
 
     at: float

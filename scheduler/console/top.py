@@ -159,7 +159,7 @@ def _requests(snapshot: Snapshot) -> Table:
     table = Table(title=legend, title_justify="left", box=None)
     for heading in ("tenant", "request", "prompt", "generated", "", ""):
         table.add_column(heading, justify="right" if heading in {"prompt", "generated"} else "left", no_wrap=True)
-    for request in snapshot.requests[-_MOST_LINES:]:
+    for request in snapshot.requests[:_MOST_LINES]:
         sizes = str(request.prompt_tokens), str(request.generated_tokens)
         standing = request.outcome or request.phases[-1].stage
         table.add_row(request.tenant, request.request_id[:12], *sizes, _line(request, snapshot.at), standing)

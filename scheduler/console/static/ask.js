@@ -36,14 +36,16 @@ export class AskBox {
   }
 
   async #send(form) {
-    const prompt = form.get("prompt");
     const button = byId("ask-form").querySelector("[type=submit]");
     button.disabled = true;
     showError("");
     try {
       await this.#connect(form.get("tenant"), form.get("password"));
       await this.#stream({
-        messages: [{ role: "user", content: prompt }], max_tokens: Number(form.get("max_tokens")), stream: true,
+        messages: [{ role: "user", content: form.get("prompt") }],
+        max_tokens: Number(form.get("max_tokens")),
+        temperature: Number(form.get("temperature")),
+        stream: true,
       });
     } catch (error) {
       showError(error.message || "the broker can't be reached");
@@ -80,7 +82,7 @@ export class AskBox {
       own.take(reply);
       show(reply, answer, note);
     }
-    answer.removeAttribute("aria-busy");
+    answer.removeAttribute("aria-busy"); // every request ends in a terminal reply, if only one of ours
   }
 
   #draw() {

@@ -32,8 +32,8 @@ def test_a_request_waits_is_prefilled_in_chunks_and_decodes():
     snapshot = bench.activity.snapshot({})
     assert stages(snapshot, "second") == [("waiting", 0, 10), ("prefill", 10, 11), ("decode", 11, 11)]
     assert [(row.prompt_tokens, row.generated_tokens, row.outcome) for row in snapshot.requests] == [
-        (10, 3, "length"),
         (4, 1, "length"),
+        (10, 3, "length"),
     ]
 
 
