@@ -68,11 +68,12 @@ class Console:
         self._broker_url = config.console.broker_websocket_url
         self._sessions = None if file is None else Sessions(read_password(Path(file)), time.monotonic)
         self._secure = config.metrics.cert_file is not None
-        self._num_open = 0
+        self._open: set[asyncio.Task[None]] = set()
         self._activity: Activity | None = None
         self._embedded: BrokerAddress | None = None
         self.application = web.Application(middlewares=[self._check_sender])
         self.application.on_response_prepare.append(self._add_headers)
+        self.application.on_shutdown.append(self._end_streams)
         self.application.add_routes(
             [
                 web.get("/", _page),
@@ -172,6 +173,11 @@ class Console:
         response.del_cookie(COOKIE, path=PREFIX, httponly=True, samesite="Strict", secure=self._secure)
         return response
 
+    async def _end_streams(self, _application: web.Application) -> None:
+        """They would go on for ever."""
+        for task in self._open:
+            task.cancel()
+
     def _is_operator(self, request: web.Request) -> bool:
         return self._sessions is None or request.cookies.get(COOKIE, "") in self._sessions
 
@@ -186,13 +192,15 @@ class Console:
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
-        if self._num_open >= _MOST_OPEN:
+        if len(self._open) >= _MOST_OPEN:
             raise web.HTTPServiceUnavailable(text="too many pages look at the console")
-        self._num_open += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
         try:
             yield
         finally:
-            self._num_open -= 1
+            self._open.discard(task)
 
 
 def console_for(config: Config, ready: Checks) -> Console | None:
