@@ -81,8 +81,7 @@ class Activity:
     def observe(self, report: StepReport) -> None:
         """Take in one iteration, before anything ends by it."""
         for id in report.rows:
-            request = self._requests.get(id)
-            if request is not None and not request.runs:
+            if id not in self._running and (request := self._requests.get(id)) is not None:
                 self._enter(id, request, "prefill", report.at - report.seconds)
         self._take_tokens(report)
         if report.preemptions > self._preemptions:

@@ -1,5 +1,7 @@
 // One chart of the last two minutes: a line for each series, the newest point at the right edge.
 
+import { key } from "./dom.js";
+
 const SPAN_S = 120;
 const WIDTH = 600;
 const HEIGHT = 120;
@@ -7,24 +9,26 @@ const SVG = "http://www.w3.org/2000/svg";
 
 export class Chart {
   #points = [];
+  #series;
   #paths;
-  #value;
+  #values;
   #top;
   #svg;
   #title;
   #ceiling;
   #format;
 
-  // `series` names the lines, `ceiling` what the scale never falls below, `format` how a point's values are told.
+  // `series` names the lines, `ceiling` what the scale never falls below, `format` how each value is told.
   constructor(parent, { title, series, ceiling, format }) {
     this.#title = title;
+    this.#series = series;
     this.#ceiling = ceiling;
     this.#format = format;
     const figure = parent.appendChild(document.createElement("figure"));
     figure.className = "panel chart";
     const caption = figure.appendChild(document.createElement("figcaption"));
     caption.appendChild(document.createElement("span")).textContent = title;
-    this.#value = caption.appendChild(document.createElement("strong"));
+    this.#values = caption.appendChild(document.createElement("span"));
     this.#top = figure.appendChild(document.createElement("span"));
     this.#top.className = "scale";
     this.#svg = figure.appendChild(element("svg", {
@@ -45,9 +49,9 @@ export class Chart {
     const scale = niceAbove(most);
     this.#paths.forEach((path, index) => path.setAttribute("d", this.#line(index, at, scale)));
     const told = this.#format(values);
-    this.#value.textContent = told;
+    this.#values.replaceChildren(...told.map((text, index) => key(this.#series[index], text)));
     this.#top.textContent = scale.toLocaleString();
-    this.#svg.setAttribute("aria-label", `${this.#title}: ${told}, at most ${round(most)} in two minutes`);
+    this.#svg.setAttribute("aria-label", `${this.#title}: ${told.join(", ")}, at most ${round(most)} in two minutes`);
   }
 
   #line(index, now, scale) {

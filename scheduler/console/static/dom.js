@@ -13,6 +13,13 @@ export function row(kind, texts) {
   return made;
 }
 
+// A word in a legend, with the colour of what it stands for.
+export function key(name, text) {
+  const made = tag("span", text);
+  made.className = `key ${name}`;
+  return made;
+}
+
 export function byId(id) {
   return document.getElementById(id);
 }

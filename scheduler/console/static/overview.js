@@ -43,21 +43,21 @@ function makeCharts(snapshot) {
   return {
     batch: new Chart(parent, {
       title: "Batch",
-      series: ["running", "queued"],
+      series: ["running", "waiting"],
       ceiling: snapshot.max_running,
-      format: ([running, waiting]) => `${running} running, ${waiting} waiting`,
+      format: ([running, waiting]) => [`${running} running`, `${waiting} waiting`],
     }),
     tokens: new Chart(parent, {
       title: "Tokens/s",
       series: ["decode", "prefill"],
       ceiling: 10,
-      format: ([decode, prefill]) => `${short(decode)} generated, ${short(prefill)} prefilled`,
+      format: ([decode, prefill]) => [`${short(decode)} generated`, `${short(prefill)} prefilled`],
     }),
     cache: new Chart(parent, {
       title: "KV cache",
       series: ["cache"],
       ceiling: 100,
-      format: ([percent]) => `${short(percent)} %`,
+      format: ([percent]) => [`${short(percent)} %`],
     }),
   };
 }

@@ -1,6 +1,6 @@
 // Requests as rows of a table, each with a bar for every phase of it in the last minute.
 
-import { row, tag } from "./dom.js";
+import { key, row, tag } from "./dom.js";
 
 const SPAN_S = 60;
 const STAGES = ["waiting", "prefill", "decode", "preempted"];
@@ -25,11 +25,7 @@ function lastMoment(request) {
 
 function legend() {
   const caption = tag("caption", "");
-  for (const stage of STAGES) {
-    const key = tag("span", stage);
-    key.className = `key ${stage}`;
-    caption.append(key);
-  }
+  caption.append(...STAGES.map((stage) => key(stage, stage)));
   return caption;
 }
 
