@@ -99,7 +99,7 @@ async def ask(page: Page, tenant: str, password: str, prompt: str) -> None:
 
 async def test_charts_move_under_load(running: Service, page: Page):
     await page.goto(running.console_url)
-    await expect(page.get_by_role("status")).to_have_text("ready")
+    await expect(page.locator("#status")).to_have_text("ready")
     await expect(page.locator("[data-figure=running]")).to_contain_text("0 of 8")
     async with busy(running.broker_url, "carol", "dave", requests=5):
         await expect(page.locator("[data-figure=running]")).to_contain_text("8 of 8", timeout=PATIENCE_MS)
@@ -159,7 +159,7 @@ async def test_a_tenant_sees_nothing_of_another(protected: Service, browser: Bro
     frames: list[bytes] = []
     page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: frames.append(as_bytes(frame))))
     await page.goto(protected.console_url)
-    await expect(page.get_by_role("status")).to_have_text("tenant view")
+    await expect(page.locator("#status")).to_have_text("tenant view")
     assert not await page.locator("#operator").is_visible()
     await ask(page, "alice", "alice's", "Say the word marzipan.")
     await expect(page.locator("#answer-note")).to_contain_text("generated", timeout=PATIENCE_MS)
@@ -218,7 +218,7 @@ async def test_the_operator_sees_all_tenants_and_no_texts(protected: Service, br
         assert len(heard) == 1, heard  # the browser's own line about the 401
         await page.get_by_label("Password", exact=True).fill(PASSWORD)
         await page.get_by_role("button", name="Log in").click()
-        await expect(page.get_by_role("status")).to_have_text("ready")
+        await expect(page.locator("#status")).to_have_text("ready")
         await expect(page.locator("#tenants").get_by_role("cell", name="alice", exact=True)).to_be_visible()
         bodies.append(await page.evaluate("async () => await (await fetch('snapshot')).text()"))
         assert "alice" in bodies[0]
@@ -226,7 +226,7 @@ async def test_the_operator_sees_all_tenants_and_no_texts(protected: Service, br
         assert PASSWORD not in page.url
         assert await page.evaluate("document.cookie") == ""
         await page.get_by_role("button", name="Log out").click()
-        await expect(page.get_by_role("status")).to_have_text("tenant view")
+        await expect(page.locator("#status")).to_have_text("tenant view")
         assert not await page.locator("#operator").is_visible()
         assert await page.evaluate("async () => (await fetch('snapshot')).status") == 401
 
@@ -238,7 +238,7 @@ async def test_the_page_is_readable(running: Service, browser: Browser, scheme: 
     async with await browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800}) as context:
         page = await context.new_page()
         await page.goto(running.console_url)
-        await expect(page.get_by_role("status")).to_have_text("ready")
+        await expect(page.locator("#status")).to_have_text("ready")
         unnamed = await page.eval_on_selector_all(
             "input, textarea, button, svg", "all => all.filter(e => !e.labels?.length && !e.ariaLabel && !e.innerText)"
         )
