@@ -3,7 +3,7 @@
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import click
@@ -88,7 +88,8 @@ def top(url: str, password_file: Path | None, ca_file: str | None, interval: flo
     """Watch a running service: batch, queue, KV cache, tenants and requests. Ctrl-C ends it."""
     try:
         password = None if password_file is None else read_password(password_file)
-        asyncio.run(_top(url, password, ca_file, interval, once=once, as_json=as_json))
+        with suppress(KeyboardInterrupt):
+            asyncio.run(_top(url, password, ca_file, interval, once=once, as_json=as_json))
     except (ConfigError, ConsoleError) as error:
         raise click.ClickException(str(error)) from None
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator
@@ -20,7 +22,7 @@ from scheduler.mqtt.broker import EmbeddedBroker
 from scheduler.service import Service
 from tests.e2e.browser import chromium, complaints
 from tests.e2e.load import busy
-from tests.e2e.test_cli import run
+from tests.e2e.test_cli import TOKENBUS, run
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
@@ -48,32 +50,42 @@ async def page(browser: Browser) -> AsyncIterator[Page]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def protected(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
-    """A service behind a password, at a broker that knows its tenants, by the shipped ACL, and speaks WebSockets to browsers."""
-    folder = tmp_path_factory.mktemp("protected")
+async def web_broker(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[EmbeddedBroker, int]]:
+    """A broker that knows its tenants, by the shipped ACL, and on what port it speaks WebSockets."""
+    folder = tmp_path_factory.mktemp("broker")
     passwords = folder / "passwords"
     write_passwords(passwords, "_service", "alice", "bob")
-    (folder / "service").write_text("_service's")
-    (folder / "operator").write_text(PASSWORD)
     web_port = free_port()
     settings = ["allow_anonymous false", f"password_file {passwords}", f"acl_file {ACL}"]
     settings += [f"listener {web_port} 127.0.0.1", "protocol websockets"]
-    async with EmbeddedBroker(data_dir=folder / "broker", settings=settings) as broker:
-        config = Config(
-            engine=EngineConfig(max_running=8, max_batch_tokens=64, kv_memory_mb=256),
-            broker=BrokerConfig(
-                url=broker.url,
-                data_dir=str(folder / "data"),
-                username="_service",
-                password_file=str(folder / "service"),
-            ),
-            metrics=MetricsConfig(port=0),
-            console=ConsoleConfig(
-                password_file=str(folder / "operator"), broker_websocket_url=f"ws://127.0.0.1:{web_port}/"
-            ),
-        )
-        async with service.running(config) as running:
-            yield running
+    async with EmbeddedBroker(data_dir=folder / "data", settings=settings) as broker:
+        yield broker, web_port
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def protected(
+    web_broker: tuple[EmbeddedBroker, int], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Service]:
+    """A service behind a password, at that broker."""
+    broker, web_port = web_broker
+    folder = tmp_path_factory.mktemp("protected")
+    (folder / "service").write_text("_service's")
+    (folder / "operator").write_text(PASSWORD)
+    config = Config(
+        engine=EngineConfig(max_running=8, max_batch_tokens=64, kv_memory_mb=256),
+        broker=BrokerConfig(
+            url=broker.url,
+            data_dir=str(folder / "data"),
+            username="_service",
+            password_file=str(folder / "service"),
+        ),
+        metrics=MetricsConfig(port=0),
+        console=ConsoleConfig(
+            password_file=str(folder / "operator"), broker_websocket_url=f"ws://127.0.0.1:{web_port}/"
+        ),
+    )
+    async with service.running(config) as running:
+        yield running
 
 
 def write_passwords(file: Path, *users: str) -> None:
@@ -89,11 +101,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-async def ask(page: Page, tenant: str, password: str, prompt: str) -> None:
+async def ask(page: Page, tenant: str, password: str, prompt: str, max_tokens: int = 16) -> None:
     await page.get_by_label("Tenant", exact=True).fill(tenant)
     await page.get_by_label("Broker password").fill(password)
     await page.get_by_label("Prompt").fill(prompt)
-    await page.get_by_label("Tokens at most").fill("16")
+    await page.get_by_label("Tokens at most").fill(str(max_tokens))
     await page.get_by_role("button", name="Send").click()
 
 
@@ -204,6 +216,24 @@ async def test_the_broker_decides_who_is_a_tenant(protected: Service, page: Page
     await expect(page.locator("#ask-form .error")).to_contain_text("Not authorized", timeout=PATIENCE_MS)
 
 
+async def test_an_answer_goes_on_after_the_broker_was_away(
+    protected: Service, web_broker: tuple[EmbeddedBroker, int], browser: Browser
+):
+    async with await browser.new_context() as context:
+        page = await context.new_page()
+        await page.goto(protected.console_url)
+        await page.get_by_label("Temperature").fill("0")
+        await ask(page, "alice", "alice's", "Count to a hundred in words.", max_tokens=128)
+        await expect(page.locator("#answer")).not_to_be_empty(timeout=PATIENCE_MS)
+        await web_broker[0].restart()
+        before = await page.locator("#answer").text_content()
+        await expect(page.locator("#answer-note")).to_be_empty()
+        await expect(page.locator("#answer-note")).to_contain_text("generated;", timeout=PATIENCE_MS)
+        after = await page.locator("#answer").text_content()
+        assert len(before) < len(after)
+        assert after.startswith(before)
+
+
 async def test_the_operator_sees_all_tenants_and_no_texts(protected: Service, browser: Browser):
     async with await browser.new_context() as context:
         page = await context.new_page()
@@ -262,6 +292,21 @@ async def test_top_shows_the_same_in_a_terminal(running: Service):
         assert (code, err) == (0, "")
         assert "carol" in out
         assert "of 8 running" in out
+
+
+async def test_top_goes_on_until_it_is_interrupted(running: Service):
+    url = running.console_url.removesuffix("/console/")
+    ours, its = os.openpty()
+    top = await asyncio.create_subprocess_exec(
+        *TOKENBUS, "top", "--url", url, "--interval", "0.1", stdin=its, stdout=its, stderr=its
+    )
+    os.close(its)
+    shown = b""
+    while shown.count(b"of 8 running") < 3:
+        shown += await asyncio.to_thread(os.read, ours, 65536)
+    top.send_signal(signal.SIGINT)
+    assert await top.wait() == 0
+    os.close(ours)
 
 
 async def test_top_logs_in(protected: Service, tmp_path: Path):

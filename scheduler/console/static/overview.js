@@ -87,7 +87,7 @@ function showFigures(snapshot) {
     const place = document.querySelector(`[data-figure=${name}]`);
     const small = document.createElement("small");
     small.textContent = note;
-    place.replaceChildren(value, small);
+    place.replaceChildren(`${value} `, small);
   }
 }
 

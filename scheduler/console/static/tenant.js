@@ -32,7 +32,9 @@ export class Tenant {
     this.#name = name;
     this.#client = client;
     this.#inbox = `${ROOT}/${name}/out/${randomName()}`;
-    client.on("message", (topic, payload) => this.#pending.get(topic)?.(JSON.parse(payload.toString())));
+    client.on("message", (topic, payload) => this.#pending.get(topic)?.take(JSON.parse(payload.toString())));
+    // It came back after it was lost: the broker may have forgotten requests, or replies to them.
+    client.on("connect", () => this.#pending.forEach(({ send }) => send()));
     client.on("error", (error) => this.#failAll(error.message));
   }
 
@@ -40,19 +42,19 @@ export class Tenant {
     return this.#name;
   }
 
-  // Yields the replies to one request, chunks in order and once each, the terminal one last. Not accepted, the request is sent
-  // again under the same id, which the service answers by joining it.
+  // Yields the replies to one request, chunks in order and once each, the terminal one last. Not accepted, or after a new
+  // connection, the request is sent again under the same id, which the service answers with what it has of it.
   async *ask(model, body, id = randomName()) {
     const topic = `${this.#inbox}/${id}`;
+    const send = () => this.#publish(`${ROOT}/${this.#name}/req/${model}/${id}`, JSON.stringify(body), topic);
     const replies = new ReadableStream({
-      start: (controller) => this.#pending.set(topic, (reply) => controller.enqueue(reply)),
+      start: (controller) => this.#pending.set(topic, { send, take: (reply) => controller.enqueue(reply) }),
     }).getReader();
-    let sent = 0;
-    const send = () => {
-      if (sent++ === SENT_AT_MOST) this.#pending.get(topic)?.(unanswered(id));
-      else this.#publish(`${ROOT}/${this.#name}/req/${model}/${id}`, JSON.stringify(body), topic);
-    };
-    const resending = setInterval(send, RESEND_MS);
+    let sent = 1;
+    const resending = setInterval(() => {
+      if (sent++ < SENT_AT_MOST) send();
+      else this.#pending.get(topic).take(failed(`request ${id} wasn't accepted: the service didn't answer`));
+    }, RESEND_MS);
     send();
     try {
       for (let expected = 0; ;) {
@@ -79,24 +81,20 @@ export class Tenant {
   }
 
   #failAll(message) {
-    for (const take of this.#pending.values()) take(failed(message));
+    this.#pending.forEach(({ take }) => take(failed(message)));
   }
 
   #publish(topic, payload, responseTopic) {
     const properties = responseTopic ? { responseTopic } : {};
     // A refusal comes as a reason code, which no reply would follow.
     this.#client.publish(topic, payload, { qos: 1, properties }, (error) => {
-      if (error && responseTopic) this.#pending.get(responseTopic)?.(failed(`the broker refused it: ${error.message}`));
+      if (error && responseTopic) this.#pending.get(responseTopic)?.take(failed(`the broker refused it: ${error.message}`));
     });
   }
 }
 
 export function randomName() {
   return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
-function unanswered(id) {
-  return failed(`request ${id} wasn't accepted: the service didn't answer`);
 }
 
 function failed(message) {
