@@ -9,7 +9,6 @@ import asyncio
 from aiohttp import WSMsgType, web
 
 from protocol.transport import BrokerAddress
-from scheduler.mqtt.broker import MAX_PACKET_BYTES
 
 _SUBPROTOCOL = "mqtt"
 _CHUNK_BYTES = 64 * 1024
@@ -20,9 +19,7 @@ _CLOSE_S = 1.0
 
 async def relay(request: web.Request, broker: BrokerAddress) -> web.StreamResponse:
     """Carry bytes both ways until either side ends. Raises HTTPBadRequest for what isn't MQTT over WebSockets, HTTPBadGateway."""
-    page = web.WebSocketResponse(
-        protocols=[_SUBPROTOCOL], timeout=_CLOSE_S, max_msg_size=MAX_PACKET_BYTES, compress=False
-    )
+    page = web.WebSocketResponse(protocols=[_SUBPROTOCOL], timeout=_CLOSE_S, compress=False)
     if page.can_prepare(request).protocol != _SUBPROTOCOL:
         raise web.HTTPBadRequest(text="this address speaks MQTT over WebSockets")
     try:

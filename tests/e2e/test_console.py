@@ -307,26 +307,3 @@ async def test_top_goes_on_until_it_is_interrupted(running: Service):
     top.send_signal(signal.SIGINT)
     assert await top.wait() == 0
     os.close(ours)
-
-
-async def test_top_logs_in(protected: Service, tmp_path: Path):
-    url = protected.console_url.removesuffix("/console/")
-    code, _, err = await run("top", "--url", url, "--once")
-    assert (code, err) == (1, f"Error: {url}/console: log in first\n")
-    for password, told in ((PASSWORD, ""), ("guess", f"Error: {url}/console: that isn't the password\n")):
-        (tmp_path / "password").write_text(password)
-        code, out, err = await run("top", "--url", url, "--password-file", str(tmp_path / "password"), "--once")
-        assert err == told
-        assert ("ready" in out) == (code == 0) == (not told)
-
-
-async def test_top_tells_what_it_cannot_reach(running: Service):
-    for url, told in (
-        ("http://127.0.0.1:1", "Cannot connect"),
-        ("nonsense", "nonsense/console"),
-        (running.metrics_url, "there is no console"),
-    ):
-        code, _, err = await run("top", "--url", url, "--json")
-        assert code == 1
-        assert told in err
-        assert "Traceback" not in err

@@ -35,7 +35,9 @@ export class Tenant {
     client.on("message", (topic, payload) => this.#pending.get(topic)?.take(JSON.parse(payload.toString())));
     // It came back after it was lost: the broker may have forgotten requests, or replies to them.
     client.on("connect", () => this.#pending.forEach(({ send }) => send()));
-    client.on("error", (error) => this.#failAll(error.message));
+    client.on("error", (error) => {
+      if (typeof error.code === "number") this.#failAll(error.message); // refused, not just unreachable
+    });
   }
 
   get name() {
@@ -44,7 +46,7 @@ export class Tenant {
 
   // Yields the replies to one request, chunks in order and once each, the terminal one last. Not accepted, or after a new
   // connection, the request is sent again under the same id, which the service answers with what it has of it.
-  async *ask(model, body, id = randomName()) {
+  async *ask(model, body, id) {
     const topic = `${this.#inbox}/${id}`;
     const send = () => this.#publish(`${ROOT}/${this.#name}/req/${model}/${id}`, JSON.stringify(body), topic);
     const replies = new ReadableStream({

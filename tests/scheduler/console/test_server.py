@@ -2,13 +2,11 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from aiohttp import ClientSession, CookieJar, WSMsgType, WSServerHandshakeError
+from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError
 from prometheus_client import CollectorRegistry
 
 import scheduler.console
@@ -17,42 +15,12 @@ from scheduler.config import Config, ConfigError, ConsoleConfig, MetricsConfig, 
 from scheduler.console.server import COOKIE, Console, console_for
 from scheduler.console.snapshot import decode
 from scheduler.http import HttpServer
-from tests.scheduler.console.reports import Bench
-from tests.scheduler.core.drive import make
+from tests.scheduler.console.serving import PASSWORD, serving
 
-PASSWORD = "correct horse battery"
 STATIC = Path(scheduler.console.__file__).with_name("static")
 #: An MQTT 5 CONNECT of the client "page", and the CONNACK that accepts it (3.1 and 3.2 there).
 CONNECT = bytes([0x10, 17, 0, 4]) + b"MQTT" + bytes([5, 2, 0, 60, 0, 0, 4]) + b"page"
 CONNACK, ACCEPTED = 0x20, 0
-
-
-@pytest.fixture
-def protected(tmp_path) -> Config:
-    file = tmp_path / "password"
-    file.write_text(f"{PASSWORD}\n")
-    return Config(console=ConsoleConfig(password_file=str(file)))
-
-
-@pytest.fixture
-def bench() -> Bench:
-    bench = Bench(make(running=2))
-    bench.submit("alice/one", prompt=4)
-    return bench
-
-
-@asynccontextmanager
-async def serving(
-    config: Config, bench: Bench | None, broker: BrokerAddress | None = None
-) -> AsyncIterator[ClientSession]:
-    """A client of the console; without a bench the service isn't there yet."""
-    console = console_for(config, lambda: {"worker": True})
-    assert isinstance(console, Console)
-    if bench is not None:
-        console.open(bench.activity, broker)
-    http = HttpServer("127.0.0.1", 0, registry=CollectorRegistry(), live=dict, ready=dict, console=console)
-    async with http as server, ClientSession(f"{server.url}/", cookie_jar=CookieJar(unsafe=True)) as client:
-        yield client
 
 
 async def log_in(client: ClientSession, password: str = PASSWORD) -> int:
