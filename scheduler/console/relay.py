@@ -5,6 +5,7 @@ browser there, for browsers ask nobody before they connect; here the console has
 """
 
 import asyncio
+from collections.abc import Callable
 
 from aiohttp import WSMsgType, web
 
@@ -13,12 +14,17 @@ from protocol.transport import BrokerAddress
 _SUBPROTOCOL = "mqtt"
 _CHUNK_BYTES = 64 * 1024
 _CONNECT_S = 5.0
+#: Between two looks at whether it is still allowed.
+_CHECK_S = 1.0
 #: How long a page may take to say goodbye.
 _CLOSE_S = 1.0
 
 
-async def relay(request: web.Request, broker: BrokerAddress) -> web.StreamResponse:
-    """Carry bytes both ways until either side ends. Raises HTTPBadRequest for what isn't MQTT over WebSockets, HTTPBadGateway."""
+async def relay(request: web.Request, broker: BrokerAddress, allowed: Callable[[], bool]) -> web.StreamResponse:
+    """Carry bytes both ways until either side ends, or it isn't allowed any more.
+
+    Raises HTTPBadRequest for what isn't MQTT over WebSockets, HTTPBadGateway.
+    """
     page = web.WebSocketResponse(protocols=[_SUBPROTOCOL], timeout=_CLOSE_S, compress=False)
     if page.can_prepare(request).protocol != _SUBPROTOCOL:
         raise web.HTTPBadRequest(text="this address speaks MQTT over WebSockets")
@@ -34,7 +40,8 @@ async def relay(request: web.Request, broker: BrokerAddress) -> web.StreamRespon
             asyncio.create_task(_to_page(reader, page), name="broker to console"),
         }
         try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            while not any(way.done() for way in ways) and allowed():
+                await asyncio.wait(ways, timeout=_CHECK_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for way in ways:
                 way.cancel()

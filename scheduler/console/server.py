@@ -145,7 +145,7 @@ class Console:
                 text="there is no embedded broker; the page connects to console.broker_websocket_url"
             )
         with self._place():
-            return await relay(request, self._embedded)
+            return await relay(request, self._embedded, lambda: self._is_operator(request))
 
     async def _log_in(self, request: web.Request) -> web.Response:
         if self._sessions is None:

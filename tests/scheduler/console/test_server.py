@@ -230,6 +230,17 @@ async def test_the_broker_is_for_the_operator_and_for_the_page_only(protected, b
             assert socket.protocol == "mqtt"
 
 
+async def test_who_logs_out_is_off_the_broker_too(protected, bench, address):
+    async with asyncio.timeout(20), serving(protected, bench, address) as client:
+        await log_in(client)
+        async with client.ws_connect("/console/mqtt", protocols=["mqtt"]) as socket:
+            await socket.send_bytes(CONNECT)
+            assert (await socket.receive_bytes())[0] == CONNACK
+            async with client.post("/console/logout"):
+                pass
+            assert (await socket.receive()).type in {WSMsgType.CLOSE, WSMsgType.CLOSED}
+
+
 async def test_a_broker_that_is_away_is_told(bench):
     async with serving(Config(), bench, BrokerAddress("127.0.0.1", 1)) as client:
         with pytest.raises(WSServerHandshakeError) as refused:
