@@ -1,4 +1,4 @@
-"""The command line: ``tokenbus serve | submit | demo | bench | simulate``."""
+"""The command line: ``tokenbus serve | submit | demo | top | bench | simulate``."""
 
 import asyncio
 import contextlib
@@ -22,6 +22,7 @@ from scheduler import config as configuration
 from scheduler import demo as demonstration
 from scheduler import logs, service
 from scheduler.config import Config, ConfigError
+from scheduler.console.top import top
 from scheduler.journal.entry import JournalError
 from scheduler.mqtt.broker import BrokerFailed, BrokerNotFound
 from scheduler.simulation.cli import simulate
@@ -271,6 +272,7 @@ def bench(name: str, arguments: tuple[str, ...]) -> None:
 
 
 main.add_command(simulate)
+main.add_command(top)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One typed configuration: defaults < file (TOML) < environment (``TOKENBUS_ENGINE_MAX_RUNNING=64``) < flags."""
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,9 @@ ENV_PREFIX = "TOKENBUS_"
 EMBEDDED = "embedded"
 OFF = "off"
 _MOST_TIERS = 8
+
+#: It becomes part of a Content-Security-Policy, so nothing but a host, a port and a plain path may be in it.
+_WEBSOCKET_URL = re.compile(r"wss?://[A-Za-z0-9.-]+(:\d{1,5})?(/[A-Za-z0-9._~/-]*)?")
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -162,6 +166,16 @@ class MetricsConfig(Section, frozen=True):
     key_file: str | None = None
 
 
+class ConsoleConfig(Section, frozen=True):
+    """The page beside /metrics: over loopback it is open, from elsewhere it is there only with a password, from a file.
+
+    ``broker_websocket_url``: where browsers find a broker of yours, as ``wss://host:8084/mqtt``; the embedded one needs none.
+    """
+
+    password_file: str | None = None
+    broker_websocket_url: str | None = None
+
+
 class Config(Section, frozen=True):
     """Everything that can be set, by section."""
 
@@ -172,6 +186,7 @@ class Config(Section, frozen=True):
     limits: LimitsConfig = LimitsConfig()
     service: ServiceConfig = ServiceConfig()
     metrics: MetricsConfig = MetricsConfig()
+    console: ConsoleConfig = ConsoleConfig()
     tenants: dict[str, TenantConfig] = {}
 
     def quota(self, tenant: str) -> Quota:
@@ -287,6 +302,11 @@ def _check(config: Config) -> None:
         raise ConfigError("engine.max_batch_tokens: must be at least engine.max_running, so that no decode is left out")
     if (config.metrics.cert_file is None) != (config.metrics.key_file is None):
         raise ConfigError("metrics.cert_file, metrics.key_file: must be given together or not at all")
+    url = config.console.broker_websocket_url
+    if url is not None and not _WEBSOCKET_URL.fullmatch(url):
+        raise ConfigError(
+            "console.broker_websocket_url: must look like wss://host:8084/mqtt, without a user or password"
+        )
 
 
 def _check_broker(broker: BrokerConfig) -> None:

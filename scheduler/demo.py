@@ -49,7 +49,7 @@ async def run(config: Config, console: Console, *, as_json: bool) -> None:
         async with service.running(config) as running:
             console.print(
                 f"[bold]tokenbus[/] is up after {time.monotonic() - started:.1f} s: broker {running.broker_url}, "
-                f"metrics {running.metrics_url}"
+                f"metrics {running.metrics_url}, console {running.console_url}"
             )
             begun = time.monotonic()
             async with asyncio.TaskGroup() as tasks:

@@ -1,7 +1,6 @@
-"""What is served over HTTP, apart from all requests: the metrics and the health of this process."""
+"""What is served over HTTP, apart from all requests: the metrics and the health of this process, and the console."""
 
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -10,18 +9,19 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from scheduler.config import ConfigError, MetricsConfig
+from scheduler.console.server import PREFIX, Checks, Console
 
 #: What may still be answered when the server stops; idle connections are closed at once.
 _STOP_S = 1.0
-
-#: Named conditions and whether each holds just now.
-Checks = Callable[[], dict[str, bool]]
+#: The biggest body that anything here takes: a login.
+_MOST_BODY_BYTES = 4096
 
 
 class HttpServer:
     """Serves ``/metrics``, ``/healthz`` and ``/readyz``; use as ``async with HttpServer(...) as server``.
 
     ``live`` says whether this process should be left alone, ``ready`` whether it should get work: not until that is set.
+    ``console`` is served too, if there is one.
     ``port`` 0 takes a free one; ``url`` tells which, once entered. Entering raises OSError when the address can't be had.
     """
 
@@ -36,6 +36,7 @@ class HttpServer:
         live: Checks,
         ready: Checks,
         tls: ssl.SSLContext | None = None,
+        console: Console | None = None,
     ) -> None:
         self._host = host
         self._port = port
@@ -43,9 +44,10 @@ class HttpServer:
         self._live = live
         self._ready = ready
         self._tls = tls
+        self._console = console
 
     async def __aenter__(self) -> Self:
-        application = web.Application()
+        application = web.Application(client_max_size=_MOST_BODY_BYTES)
         application.add_routes(
             [
                 web.get("/metrics", self._metrics),
@@ -53,6 +55,9 @@ class HttpServer:
                 web.get("/readyz", self._readyz),
             ]
         )
+        if self._console is not None:
+            application.add_routes([web.get(path, _to_console) for path in ("/", PREFIX)])
+            application.add_subapp(PREFIX, self._console.application)
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=_STOP_S)
         await self._runner.setup()
         try:
@@ -80,6 +85,10 @@ class HttpServer:
 
     async def _readyz(self, _request: web.Request) -> web.Response:
         return _health(self._ready())
+
+
+async def _to_console(_request: web.Request) -> web.Response:
+    raise web.HTTPFound(f"{PREFIX}/")
 
 
 def _health(checks: dict[str, bool]) -> web.Response:

@@ -14,6 +14,8 @@ from protocol.errors import BadRequest, ServiceError
 from protocol.transport import BrokerAddress, Transport, Will
 from scheduler.admission import Admission, Bounds
 from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
+from scheduler.console.activity import Activity
+from scheduler.console.server import PREFIX, console_for
 from scheduler.core import policies
 from scheduler.http import HttpServer, tls_context
 from scheduler.journal.entry import Journal
@@ -38,7 +40,7 @@ _GOODBYE_S = 5.0
 
 
 class Service:
-    """A running service: where its broker and metrics are, and its parts."""
+    """A running service: where its broker, metrics and console are, and its parts."""
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class Service:
         *,
         broker_url: str,
         metrics_url: str,
+        console_url: str | None,
         engine: Engine,
         metrics: Metrics,
         transport: Transport,
@@ -58,6 +61,7 @@ class Service:
         self.config = config
         self.broker_url = broker_url
         self.metrics_url = metrics_url
+        self.console_url = console_url
         self.engine = engine
         self.metrics = metrics
         self.transport = transport
@@ -169,6 +173,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
         itl_target_s=None if target_ms is None else target_ms / 1000,
     )
     health = Health()
+    console = console_for(config, health.ready)
     http = HttpServer(
         config.metrics.host,
         config.metrics.port,
@@ -176,6 +181,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
         live=health.live,
         ready=health.ready,
         tls=tls_context(config.metrics),
+        console=console,
     )
     await stack.enter_async_context(http)
     await asyncio.gather(stack.enter_async_context(engine), asyncio.to_thread(preload))
@@ -188,7 +194,9 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     admission = Admission(_bounds(config), engine.now)
     delivery = Delivery(transport, journal, tasks, metrics)
     outlook = Outlook(config.engine.max_running, engine.batcher.queue.weight)
-    egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, config.service.flush_ms / 1000)
+    activity = Activity(engine, config.model.alias)
+    flush_s = config.service.flush_ms / 1000
+    egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, activity, flush_s)
     reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
     watch = BrokerWatch(metrics.broker_dropped)
     ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch, metrics)
@@ -196,6 +204,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
         config,
         broker_url=broker_url,
         metrics_url=f"{http.url}/metrics",
+        console_url=None if console is None else f"{http.url}{PREFIX}/",
         engine=engine,
         metrics=metrics,
         transport=transport,
@@ -206,6 +215,8 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
         ingress=ingress,
     )
     health.service = service
+    if console is not None:
+        console.open(activity, BrokerAddress.parse(broker_url) if config.broker.url == EMBEDDED else None)
     _watch(metrics, service)
     return service
 
@@ -264,6 +275,8 @@ async def _take_in(service: Service, recovery: Recovery) -> None:
     online = replies.Status("online", model, service.engine.info.max_model_len, service.config.engine.max_running)
     await service.publish_status(online)
     logger.info("serving %s at %s, metrics at %s", model, service.broker_url, service.metrics_url)
+    if service.console_url is not None:
+        logger.info("console at %s", service.console_url)
     await service.ingress.run()
 
 

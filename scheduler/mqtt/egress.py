@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 from protocol.errors import ErrorBody, RequestError, ServiceError
 from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Terminal
 from scheduler.admission import Admission
+from scheduler.console.activity import Activity
 from scheduler.core.sequence import FinishReason
 from scheduler.deadlines import Deadlines
 from scheduler.generation import Generation, sequence_for
@@ -36,6 +37,7 @@ class Egress:
         admission: Admission,
         outlook: Outlook,
         metrics: Metrics,
+        activity: Activity,
         flush_s: float,
     ) -> None:
         self._delivery = delivery
@@ -45,6 +47,7 @@ class Egress:
         self._admission = admission
         self._outlook = outlook
         self._metrics = metrics
+        self._activity = activity
         self._flush_s = flush_s
         self._deadlines = Deadlines()
         self._generations: dict[str, Generation] = {}
@@ -82,6 +85,7 @@ class Egress:
             return
         self._generations[entry.id] = self._unstarted[entry.id] = generation
         self._outlook.begin(entry, generation.completion_tokens)
+        self._activity.begin(entry, generation.completion_tokens, generation.accepted_at)
         if entry.expires_at is not None:
             self._deadlines.add(entry.id, entry.expires_at)
         self._metrics.accepted.inc()
@@ -176,6 +180,7 @@ class Egress:
     def _take(self, report: StepReport) -> None:
         self._metrics.observe_step(report)
         self._outlook.observe(report)
+        self._activity.observe(report)
         for id, cached in report.starts.items():
             generation = self._unstarted.pop(id, None)
             if generation is not None:
@@ -251,7 +256,9 @@ class Egress:
             self._deadlines.drop(entry.id, entry.expires_at)
         self._admission.leave(entry)
         self._outlook.end(entry.id)
-        timings = generation.timings(self._engine.now())
+        now = self._engine.now()
+        self._activity.end(entry.id, outcome, now)
+        timings = generation.timings(now)
         series = self._metrics.of(entry.tenant)
         series.outcomes[outcome].inc()
         series.e2e.observe(timings.total_s)

@@ -79,6 +79,7 @@ async def test_serve_submit_and_stop(tmp_path):
 async def test_demo_runs_and_reports(tmp_path):
     code, out, err = await run("demo", "--json", "--set", f"broker.data_dir={tmp_path}")
     assert code == 0, err
+    assert re.search(r"console\s+http://127\.0\.0\.1:\d+/console/", err)
     summary = json.loads(out)
     assert summary["requests"] == 6
     assert summary["mean_batch"] > 2

@@ -15,6 +15,7 @@ from protocol.plan import Pong, StepPlan, StepResult, WorkerConfig
 from protocol.replies import Accepted, Chunk, Expired, Failed, Quarantined, Result
 from protocol.request import Request
 from scheduler.admission import Admission, Bounds
+from scheduler.console.activity import Activity
 from scheduler.journal.entry import Entry, Listener
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.loop import Engine
@@ -140,7 +141,15 @@ class Process:
         text = SimpleNamespace(backend=TOKENIZER)
         self.outlook = Outlook(8, lambda _: 1.0)
         self.egress = Egress(
-            self.delivery, self.journal, self.engine, text, self.admission, self.outlook, self.metrics, 0.001
+            self.delivery,
+            self.journal,
+            self.engine,
+            text,
+            self.admission,
+            self.outlook,
+            self.metrics,
+            Activity(self.engine, "tiny"),
+            0.001,
         )
         parts = (self.journal, self.engine, self.admission, self.delivery, self.egress)
         loops = (self.engine.run(), self.egress.run(), self.egress.flush_regularly(), self.egress.expire_overdue())
