@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from platformdirs import user_state_path
@@ -15,9 +15,12 @@ from protocol.transport import BrokerAddress, Transport, Will
 from scheduler.admission import Admission, Bounds
 from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
 from scheduler.core import policies
+from scheduler.fleet import Fleet
+from scheduler.generation import sequence_for
 from scheduler.http import HttpServer, tls_context
-from scheduler.journal.entry import Journal
+from scheduler.journal.entry import Entry, Journal
 from scheduler.journal.memory import MemoryJournal
+from scheduler.journal.postgres import PostgresJournal
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.loop import Engine, Patience
 from scheduler.metrics import Metrics
@@ -29,6 +32,7 @@ from scheduler.mqtt.watch import BrokerWatch
 from scheduler.outlook import Outlook
 from scheduler.recovery import Recovery
 from scheduler.text import Text, preload
+from scheduler.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,8 @@ class Service:
         delivery: Delivery,
         egress: Egress,
         ingress: Ingress,
+        recovery: Recovery,
+        fleet: Fleet | None,
     ) -> None:
         self.config = config
         self.broker_url = broker_url
@@ -65,6 +71,8 @@ class Service:
         self.delivery = delivery
         self.egress = egress
         self.ingress = ingress
+        self.recovery = recovery
+        self.fleet = fleet
 
     @property
     def unanswered(self) -> int:
@@ -74,6 +82,8 @@ class Service:
     async def drain(self) -> None:
         """Take nothing new up and let what runs finish, for as long as the configuration allows."""
         self.ingress.drain()
+        if self.fleet is not None:
+            self.fleet.retire()
         logger.info("draining", extra={"running": len(self.egress)})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.service.drain_s):
@@ -140,17 +150,8 @@ async def running(config: Config) -> AsyncIterator[Service]:
     async with contextlib.AsyncExitStack() as stack:
         broker_url = await _broker(config, data_dir, stack)
         service = await _start(config, data_dir, broker_url, stack)
-        recovery = Recovery(
-            service.journal,
-            service.engine,
-            service.admission,
-            service.delivery,
-            service.egress,
-            config.model.alias,
-            config.engine.attempts,
-        )
         stack.push_async_callback(service.say_goodbye)
-        async with _looping(service, recovery):
+        async with _looping(service):
             yield service
 
 
@@ -182,7 +183,13 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, config.service.flush_ms / 1000)
     reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
     watch = BrokerWatch(metrics.broker_dropped)
-    ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch)
+    turns, load = _turns(journal, engine, egress, config.engine.max_running)
+    ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch, turns)
+    recovery = Recovery(journal, engine, admission, delivery, egress, config.model.alias, config.engine.attempts)
+    fleet = None
+    if isinstance(journal, PostgresJournal):
+        fleet = Fleet(journal, turns, load, engine.batcher.queue, admission, egress, recovery)
+        await fleet.join()
     service = Service(
         config,
         broker_url=broker_url,
@@ -195,6 +202,8 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
         delivery=delivery,
         egress=egress,
         ingress=ingress,
+        recovery=recovery,
+        fleet=fleet,
     )
     health.service = service
     _watch(metrics, service)
@@ -223,15 +232,17 @@ def _watch(metrics: Metrics, service: Service) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _looping(service: Service, recovery: Recovery) -> AsyncIterator[None]:
+async def _looping(service: Service) -> AsyncIterator[None]:
     """The loops run inside the block; one that fails ends the block with its exception."""
-    loops = (
+    loops = [
         ("loop", service.engine.run()),
         ("egress", service.egress.run()),
         ("flush", service.egress.flush_regularly()),
         ("deadlines", service.egress.expire_overdue()),
-        ("ingress", _take_in(service, recovery)),
-    )
+        ("ingress", _take_in(service)),
+    ]
+    if service.fleet is not None:
+        loops += [("exchange", service.fleet.exchange_regularly()), ("takeover", service.fleet.take_over_regularly())]
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(work, name=name) for name, work in loops]
         try:
@@ -241,9 +252,9 @@ async def _looping(service: Service, recovery: Recovery) -> AsyncIterator[None]:
                 task.cancel()
 
 
-async def _take_in(service: Service, recovery: Recovery) -> None:
+async def _take_in(service: Service) -> None:
     """First what an earlier process left, then what comes."""
-    await recovery.run()
+    await service.recovery.run()
     model = service.config.model.alias
     online = replies.Status("online", model, service.engine.info.max_model_len, service.config.engine.max_running)
     await service.publish_status(online)
@@ -292,21 +303,46 @@ def _share_prefixes(systems: list[str], text: Text, engine: Engine) -> None:
         raise ConfigError(f"engine.shared_prefixes: {error}") from None
 
 
+def _turns(journal: Journal, engine: Engine, egress: Egress, max_running: int) -> tuple[Turns, Callable[[], float]]:
+    """A replica's place among others, and what it tells of its load. Who shares no journal is alone."""
+
+    def load() -> float:
+        return len(egress) / max_running
+
+    def cached(entry: Entry) -> float:
+        sequence = sequence_for(entry, engine.info)
+        return engine.batcher.pool.cached_len(sequence) / sequence.prompt_len
+
+    number = journal.number if isinstance(journal, PostgresJournal) else 0
+    return Turns(number, load, cached), load
+
+
 def _journal(config: Config, data_dir: Path) -> contextlib.AbstractAsyncContextManager[Journal]:
     journal = config.journal
+    if journal.url is not None:
+        return PostgresJournal(
+            journal.url,
+            replica=config.service.replica,
+            password=_password(journal.password_file),
+            lease_s=journal.lease_s,
+            retention_s=journal.retention_s,
+        )
     if journal.path == OFF:
         return MemoryJournal()
     path = data_dir / "journal.sqlite3" if journal.path is None else Path(journal.path)
     return SqliteJournal(path, retention_s=journal.retention_s, max_bytes=journal.max_mb * 2**20)
 
 
+def _password(file: str | None) -> str | None:
+    return None if file is None else read_password(Path(file))
+
+
 def _transport(config: Config, data_dir: Path, broker_url: str) -> Transport:
     broker, replica = config.broker, config.service.replica
-    password = None if broker.password_file is None else read_password(Path(broker.password_file))
     address = BrokerAddress.parse(
         broker_url,
         username=broker.username,
-        password=password,
+        password=_password(broker.password_file),
         ca_file=broker.ca_file,
         cert_file=broker.cert_file,
         key_file=broker.key_file,
@@ -317,8 +353,14 @@ def _transport(config: Config, data_dir: Path, broker_url: str) -> Transport:
         identifier=_identifier(data_dir, replica),
         subscriptions=(*SUBSCRIPTIONS, BrokerWatch.SUBSCRIPTION),
         will=offline,
-        session_expiry_s=broker.session_expiry_s,
+        session_expiry_s=_session_expiry_s(config),
     )
+
+
+def _session_expiry_s(config: Config) -> int:
+    """Replicas share a journal: what others did while we were away must not come to us once it is forgotten there."""
+    expiry_s = config.broker.session_expiry_s
+    return expiry_s if config.journal.url is None else min(expiry_s, config.journal.retention_s)
 
 
 def _identifier(data_dir: Path, replica: str) -> str:

@@ -35,7 +35,19 @@ def cluster() -> Iterator[str]:
         shutil.chown(folder, as_other["user"], as_other["group"])
     try:
         subprocess.run(
-            [_program("initdb"), "-D", folder / "data", "-U", "tester", "-A", "trust", "-N", "-E", "UTF8", "--locale=C"],
+            [
+                _program("initdb"),
+                "-D",
+                folder / "data",
+                "-U",
+                "tester",
+                "-A",
+                "trust",
+                "-N",
+                "-E",
+                "UTF8",
+                "--locale=C",
+            ],
             check=True,
             capture_output=True,
             cwd=folder,

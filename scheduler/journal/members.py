@@ -83,18 +83,19 @@ WHERE replica <> %s AND changed_at > clock_timestamp() - make_interval(secs => %
 _FOR_EVER_S = 1e9
 
 
-def heartbeat(
-    number: int, name: str, lease_s: float, load: float, usage: dict[str, Usage], *, first: bool
-) -> list[Statement]:
-    """Renew the lease, forget those whose own ran out, tell what changed here and ask what changed elsewhere.
+def renew(number: int, name: str, lease_s: float, load: float) -> list[Statement]:
+    """Hold the lease for ``lease_s`` from now on, and forget those whose own ran out.
 
     Who had been taken for dead comes back under its number.
     """
+    return [(_RENEW, (number, name, lease_s, load, lease_s)), (_BURY, ())]
+
+
+def exchange(number: int, lease_s: float, usage: dict[str, Usage], *, first: bool) -> list[Statement]:
+    """Tell what changed here and ask what changed elsewhere, right after ``renew``."""
     tenants = sorted(usage)
     columns = [[usage[tenant][column] for tenant in tenants] for column in range(len(Usage._fields))]
     return [
-        (_RENEW, (number, name, lease_s, load, lease_s)),
-        (_BURY, ()),
         (_TELL, (number, tenants, *columns)),
         (_OTHERS, (number,)),
         (_HEAR, (number, _FOR_EVER_S if first else 2 * lease_s)),
@@ -102,7 +103,7 @@ def heartbeat(
 
 
 def heard(rows: Sequence[Sequence[tuple[Any, ...]]]) -> News:
-    """What the database answered to a heartbeat's statements."""
+    """What the database answered to an exchange."""
     *_, others, usages = rows
     usage: dict[int, dict[str, Usage]] = {}
     for replica, tenant, *figures in usages:

@@ -105,6 +105,8 @@ DELETE FROM tokenbus.requests WHERE id IN (
 _PRUNE_EVERY_S = 30.0
 _PRUNE_AT_ONCE = 1000
 _CONNECT_S = 10
+#: Times that a lease is renewed before it would run out.
+_RENEWALS = 5
 
 _Rows = list[tuple[Any, ...]]
 
@@ -120,9 +122,9 @@ class PostgresJournal:
     """See ``Journal``; use as ``async with PostgresJournal(url, ...) as journal``, in any number of replicas.
 
     ``url`` is libpq's, as are the environment and the files it reads. Each process has a ``number`` of its own, which its rows
-    carry as their owner, and a lease of ``lease_s`` that ``beat`` renews. ``unfinished`` is what earlier processes of the same
-    ``replica`` left, and a part of what others did. Results are kept for ``retention_s`` after delivery. Entering raises
-    JournalError for a database that can't be used.
+    carry as their owner, and keeps a lease of ``lease_s``; ``lapses`` counts how often it ran out all the same. ``unfinished``
+    is what earlier processes of the same ``replica`` left, and a part of what others did. Results are kept for
+    ``retention_s`` after delivery. Entering raises JournalError for a database that can't be used.
     """
 
     durable = True
@@ -141,12 +143,15 @@ class PostgresJournal:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.lease_s = lease_s
+        self.lapses = 0
         self._url = url
         self._password = password
         self._replica = replica
         self._retention_s = retention_s
         self._clock = clock
-        self._first = True
+        self._load = 0.0
+        self._renewed_at = 0.0
+        self._heard_any = False
         self._unfinished: list[Entry] = []
 
     async def __aenter__(self) -> Self:
@@ -154,14 +159,18 @@ class PostgresJournal:
             await self._open()
         except (psycopg.Error, msgspec.MsgspecError) as error:
             raise JournalError(f"{self._name} can't be used: {error}") from None
-        self._pruner = asyncio.create_task(self._prune_regularly(), name="journal pruning")
+        self._tasks = {
+            asyncio.create_task(self._renew_regularly(), name="lease"),
+            asyncio.create_task(self._prune_regularly(), name="journal pruning"),
+        }
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._pruner.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
         self._run(members.LEAVE, self.number).add_done_callback(_forget)  # what is left is for the others, at once
         await self._groups.close()
-        await asyncio.wait({self._pruner})
         await self._connection.close()
 
     @property
@@ -219,11 +228,16 @@ class PostgresJournal:
     def trial(self, id: str, *, begins: bool) -> Awaitable[None]:
         return self._run(_TRIAL, begins, id, self.number)
 
-    def beat(self, load: float, usage: dict[str, Usage]) -> Awaitable[News]:
-        """Renew the lease and tell the others one's load and what changed; returns what they told, at first all of it."""
-        first, self._first = self._first, False
-        statements = members.heartbeat(self.number, self._replica, self.lease_s, load, usage, first=first)
-        return self._do(statements, members.heard)
+    def exchange(self, load: float, usage: dict[str, Usage]) -> Awaitable[News]:
+        """Tell the others one's load and what changed; returns what they told, at first all of it."""
+        first, self._heard_any, self._load = not self._heard_any, True, load
+        statements = members.exchange(self.number, self.lease_s, usage, first=first)
+
+        def read(answers: list[_Rows]) -> News:
+            self._note_renewal()
+            return members.heard(answers)
+
+        return self._do([*self._renewal(), *statements], read)
 
     def held(self) -> Awaitable[set[str]]:
         """The ids of what runs and is ours."""
@@ -253,9 +267,8 @@ class PostgresJournal:
         try:
             await self._prepare(connection)
             self._groups: GroupCommit[_Work] = GroupCommit(self._name, self._commit)
-            await self._do(
-                members.heartbeat(self.number, self._replica, self.lease_s, 0.0, {}, first=True), lambda _: None
-            )
+            self._renewed_at = time.monotonic()
+            await self._renew()
             await self._run(members.SUCCEED, self._replica, self.number)
             self._unfinished = await self.take_over()
         except BaseException:
@@ -278,6 +291,23 @@ class PostgresJournal:
                 raise JournalError(f"{self._name} says {row[0]!r}, this is for {_VERSION!r}")
             joined = await connection.execute(members.JOIN, (self._replica, self.lease_s))
             ((self.number,),) = await joined.fetchall()
+
+    def _renewal(self) -> list[Statement]:
+        return members.renew(self.number, self._replica, self.lease_s, self._load)
+
+    def _renew(self) -> Awaitable[None]:
+        return self._do(self._renewal(), lambda _: self._note_renewal())
+
+    def _note_renewal(self) -> None:
+        before, self._renewed_at = self._renewed_at, time.monotonic()
+        if self._renewed_at - before > self.lease_s:
+            self.lapses += 1
+
+    async def _renew_regularly(self) -> None:
+        with contextlib.suppress(JournalError):  # whoever writes next hears of it
+            while True:
+                await asyncio.sleep(self.lease_s / _RENEWALS)
+                await self._renew()
 
     def _finding(self, ids: Sequence[str]) -> Statement:
         return _FIND, (self.number, self.number, list(ids))

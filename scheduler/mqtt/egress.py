@@ -113,6 +113,17 @@ class Egress:
             self._stop(generation, Cancelled, "cancelled")
         return generation is not None
 
+    def ids(self) -> set[str]:
+        """Of all that is held."""
+        return set(self._generations)
+
+    def drop(self, id: str) -> None:
+        """Another replica has taken a request over, and answers it; nothing is said here. Does nothing for one that has ended."""
+        generation = self._generations.get(id)
+        if generation is not None:
+            self._engine.end(id)
+            self._leave(generation, "taken_over")
+
     def fail_all(self, error: ServiceError) -> None:
         """End everything that runs, for want of a journal to keep it."""
         for generation in list(self._generations.values()):
@@ -156,10 +167,13 @@ class Egress:
         pieces = [(generation, *cut) for id in dirty if (cut := (generation := self._generations[id]).cut())]
         if not pieces:
             return
-        await self._journal.progress([(generation.entry.id, number, tokens) for generation, number, tokens in pieces])
+        records = [(generation.entry.id, number, tokens) for generation, number, tokens in pieces]
+        lost = await self._journal.progress(records)
+        for id in lost:
+            self.drop(id)
         for generation, number, _ in pieces:
             generation.published = number + 1
-            if generation.streams:
+            if generation.streams and generation.entry.id not in lost:
                 self._delivery.publish_chunk(generation.entry.listeners, generation.chunk(number))
 
     async def _changes(self) -> None:
@@ -232,6 +246,11 @@ class Egress:
         self._delivery.finish(entry, reply)
 
     def _end(self, generation: Generation, reply: Terminal, outcome: str, last: Chunk | None = None) -> None:
+        self._leave(generation, outcome)
+        self._delivery.finish(generation.entry, reply, last)
+
+    def _leave(self, generation: Generation, outcome: str) -> None:
+        """It is held no longer."""
         entry = generation.entry
         del self._generations[entry.id]
         self._dirty.discard(entry.id)
@@ -256,5 +275,4 @@ class Egress:
                 "total_s": round(timings.total_s, 4),
             },
         )
-        self._delivery.finish(entry, reply, last)
         self._changed.set()
