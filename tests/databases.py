@@ -53,7 +53,7 @@ def cluster() -> Iterator[str]:
             cwd=folder,
             **as_other,
         )
-        settings = ("fsync=off", "listen_addresses=", f"unix_socket_directories={folder}", "max_connections=50")
+        settings = ("fsync=off", "listen_addresses=", f"unix_socket_directories={folder}", "deadlock_timeout=20ms")
         with (folder / "log").open("wb") as log:
             server = subprocess.Popen(
                 [_program("postgres"), "-D", folder / "data", *(f"-c{setting}" for setting in settings)],

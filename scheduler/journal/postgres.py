@@ -43,7 +43,7 @@ CREATE TABLE tokenbus.progress (id text COLLATE "C", number int, tokens bytea NO
 {members.SCHEMA}
 """
 
-# Sorted by id, as everyone's, so that two that wait for each other's rows can't wait in a circle.
+# Sorted by id, as everyone's, so that two that want the same ids seldom wait for each other.
 _ACCEPT = """
 INSERT INTO tokenbus.requests (id, owner, state, digest, accepted_at, attempt, listeners, body)
 SELECT id, %s, 'running', digest, accepted_at, attempt, listeners, body
@@ -319,6 +319,12 @@ class PostgresJournal:
         return self._groups.do(_Work(statements, read))
 
     async def _commit(self, batch: list[_Work]) -> list[Any]:
+        """Of two replicas that wait for each other's rows the database lets one begin anew."""
+        while True:
+            with contextlib.suppress(psycopg.errors.DeadlockDetected):
+                return await self._transact(batch)
+
+    async def _transact(self, batch: list[_Work]) -> list[Any]:
         """One transaction, sent as a whole before anything is read."""
         connection = self._connection
         async with connection.pipeline() as pipeline, connection.transaction():
@@ -331,12 +337,13 @@ class PostgresJournal:
         with contextlib.suppress(JournalError):  # whoever writes next hears of it
             while True:
                 await asyncio.sleep(_PRUNE_EVERY_S)
-                while len(await self._prune()) == _PRUNE_AT_ONCE:
+                while await self._prune_some() == _PRUNE_AT_ONCE:
                     pass  # in pieces, so that other writes come in between
 
-    def _prune(self) -> Awaitable[_Rows]:
+    def _prune_some(self) -> Awaitable[int]:
+        """Drop results whose time is over; returns how many."""
         before = self._clock() - self._retention_s
-        return self._do([(_PRUNE, (before, _PRUNE_AT_ONCE))], lambda answers: answers[0])
+        return self._do([(_PRUNE, (before, _PRUNE_AT_ONCE))], lambda answers: len(answers[0]))
 
 
 def _by_id(rows: _Rows) -> dict[str, Taken]:

@@ -148,8 +148,11 @@ class SqliteJournal:
         with contextlib.suppress(JournalError):  # whoever writes next hears of it
             while True:
                 await asyncio.sleep(_PRUNE_EVERY_S)
-                while await self._do(self._prune) == _PRUNE_AT_ONCE:
+                while await self._prune_some() == _PRUNE_AT_ONCE:
                     pass  # in pieces, so that other writes come in between
+
+    def _prune_some(self) -> Awaitable[int]:
+        return self._do(self._prune)
 
     async def _commit_in_thread(self, batch: list[_Work]) -> list[Any]:
         return await self._loop.run_in_executor(self._thread, self._commit, batch)
