@@ -1,0 +1,184 @@
+"""Two replicas behind one broker, with one journal: whatever becomes of one, each request is answered once."""
+
+import asyncio
+import contextlib
+import signal
+from collections import Counter
+
+import psycopg
+import pytest
+
+from protocol import topics
+from protocol.client import Client
+from protocol.errors import RequestError
+from protocol.replies import Accepted, Failed, Result
+from protocol.request import Request
+from protocol.transport import BrokerAddress, Transport
+from tests.faults.load import ask, requests
+from tests.faults.service import Ear, ServiceProcess
+
+pytestmark = pytest.mark.timeout(180)
+
+TENANTS = ("alice", "bob", "carol", "dave")
+LEASE_S = 2
+
+
+def replica(name: str, tmp_path, model, broker, database, **settings) -> ServiceProcess:
+    folder = tmp_path / name
+    folder.mkdir()
+    shared = {"service__replica": name, "journal__url": database, "journal__lease_s": LEASE_S}
+    return ServiceProcess(folder, model, broker.url, **shared, **settings)
+
+
+@pytest.fixture
+async def pair(tmp_path, model, broker, database):
+    a, b = (replica(name, tmp_path, model, broker, database) for name in "ab")
+    async with contextlib.AsyncExitStack() as stack:
+        async with asyncio.TaskGroup() as group:
+            for one in (a, b):
+                group.create_task(stack.enter_async_context(one), name="start")
+        yield a, b
+
+
+@contextlib.asynccontextmanager
+async def clients(url: str):
+    async with contextlib.AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(Client(url, tenant=tenant)) for tenant in TENANTS]
+
+
+def rows(database: str) -> Counter[str]:
+    """Journalled requests by state."""
+    with psycopg.connect(database) as connection:
+        return Counter(state for (state,) in connection.execute("SELECT state FROM tokenbus.requests"))
+
+
+async def accepted(service: ServiceProcess) -> float:
+    return (await service.metrics())["tokenbus_requests_accepted_total"]
+
+
+async def test_one_is_killed_with_100_requests_in_flight_and_the_other_finishes_them_all(pair, broker, database):
+    a, b = pair
+    asked = requests(100, shortest=20, longest=200)
+    begun = asyncio.Event()
+    chunks = 0
+
+    def count() -> None:
+        nonlocal chunks
+        chunks += 1
+        if chunks == 60:
+            begun.set()
+
+    async with clients(broker.url) as tenants, Ear(broker.url, *TENANTS) as ear:
+        expected = {id: result.text for id, result in (await ask(tenants, asked, "reference-")).items()}
+        shares = [await accepted(one) for one in pair]
+        assert sum(shares) == 100
+        assert min(shares) > 25, "both had their part"
+        asking = asyncio.create_task(ask(tenants, asked, on_chunk=count), name="asking")
+        await begun.wait()
+        await a.stop(signal.SIGKILL)
+        results = await asking
+        await b.settled()
+        assert await b.stop(signal.SIGTERM) == 0
+    assert {id: result.text for id, result in results.items()} == expected
+    assert {result.attempt for result in results.values()} == {1, 2}, "some were taken over, and only once"
+    assert rows(database) == {"delivered": 200}
+    for id in asked:
+        assert len(ear.terminal(id)) == 1
+        ear.pieces(id)
+
+
+async def test_one_that_was_only_slow_says_nothing_of_what_it_has_lost(pair, broker, database):
+    a, b = pair
+    asked = requests(40, shortest=50, longest=200)
+    async with clients(broker.url) as tenants, Ear(broker.url, *TENANTS) as ear:
+        asking = asyncio.create_task(ask(tenants, asked), name="asking")
+        while not all([(await one.metrics())["tokenbus_outstanding_requests"] > 5 for one in pair]):
+            await asyncio.sleep(0.01)
+        a.process.send_signal(signal.SIGSTOP)
+        await b.until_logged("taking over what another replica left")
+        a.process.send_signal(signal.SIGCONT)
+        await asking
+        await a.until_logged("the lease had run out")
+        metrics = [await one.settled() for one in pair]
+    lost = metrics[0]['tokenbus_requests_total{outcome="taken_over"}']
+    assert lost > 0
+    assert sum(one["tokenbus_requests_accepted_total"] for one in metrics) == 40 + lost
+    assert rows(database) == {"delivered": 40}
+    for id in asked:
+        assert len(ear.terminal(id)) == 1
+        ear.pieces(id)
+
+
+async def test_what_several_hear_is_answered_by_one(pair, broker):
+    request = Request(prompt=[5, 6, 7], max_tokens=8, temperature=0.0, ignore_eos=True)
+    long = Request(prompt=[5, 6, 8], max_tokens=3000, temperature=0.0, ignore_eos=True)
+    address = BrokerAddress.parse(broker.url)
+    async with (
+        Client(broker.url, tenant="alice") as client,
+        Ear(broker.url, "alice") as ear,
+        Transport(address) as transport,
+    ):
+        for number in range(10):
+            await client.complete(request, model="tiny", request_id=f"r{number}")
+        for number in range(10):  # replayed by who ran it
+            await client.complete(request, model="tiny", request_id=f"r{number}")
+        with pytest.raises(RequestError, match="was given to another request"):
+            await client.complete(long, model="tiny", request_id="r0")
+        with pytest.raises(RequestError, match="must hold at least one token"):
+            await client.complete(Request(prompt=[]), model="tiny", request_id="bad")
+        stream = client.stream(long, model="tiny", request_id="long")
+        with contextlib.suppress(Exception):
+            async for _ in stream:
+                break  # which cancels it
+        for id in ("r1", "unknown"):
+            await transport.publish(topics.cancel("alice", id), b"", response_topic=topics.out("alice", f"late/{id}"))
+        for one in pair:
+            await one.settled()
+        assert {type(reply) for reply in ear.terminal("r1")} == {Result, Failed}
+    assert [len(ear.terminal(f"r{number}")) for number in range(10)] == [3, 3, *[2] * 8]
+    assert len(ear.terminal("bad")) == len(ear.terminal("long")) == len(ear.terminal("unknown")) == 1
+    counts = [await accepted(one) for one in pair]
+    assert sum(counts) == 11
+
+
+async def test_a_quota_holds_for_both_together(tmp_path, model, broker, database):
+    quota = {"limits__outstanding_per_tenant": 10}
+    long = Request(prompt=[5, 6, 8], max_tokens=3000, temperature=0.0, ignore_eos=True)
+    async with contextlib.AsyncExitStack() as stack:
+        async with asyncio.TaskGroup() as group:
+            pair = [replica(name, tmp_path, model, broker, database, **quota) for name in "ab"]
+            for one in pair:
+                group.create_task(stack.enter_async_context(one), name="start")
+        client = await stack.enter_async_context(Client(broker.url, tenant="alice"))
+        ear = await stack.enter_async_context(Ear(broker.url, "alice"))
+        streams = [asyncio.create_task(client.complete(long, model="tiny", request_id=f"r{n}")) for n in range(10)]
+        while sum([await accepted(one) for one in pair]) < 10:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(LEASE_S)  # they hear of each other several times in this time
+        with pytest.raises(RequestError, match="10 requests of yours are outstanding") as caught:
+            await client.complete(long, model="tiny", request_id="over")
+        assert caught.value.code == "rate_limited"
+        assert len(ear.heard["over"]) == 1
+        assert sum(type(reply) is Accepted for id in ear.heard for reply in ear.heard[id]) == 10
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+
+
+async def test_one_that_drains_leaves_what_it_cannot_finish_to_the_other(tmp_path, model, broker, database):
+    asked = requests(20, shortest=300, longest=600)
+    async with contextlib.AsyncExitStack() as stack:
+        async with asyncio.TaskGroup() as group:
+            pair = [replica(name, tmp_path, model, broker, database, service__drain_s=0.1) for name in "ab"]
+            for one in pair:
+                group.create_task(stack.enter_async_context(one), name="start")
+        tenants = await stack.enter_async_context(clients(broker.url))
+        ear = await stack.enter_async_context(Ear(broker.url, *TENANTS))
+        asking = asyncio.create_task(ask(tenants, asked), name="asking")
+        while sum([await accepted(one) for one in pair]) < 20:
+            await asyncio.sleep(0.01)
+        assert await pair[0].stop(signal.SIGTERM) == 3
+        await asking
+        await pair[1].settled()
+        assert all(len(ear.terminal(id)) == 1 for id in asked)
+    assert rows(database) == {"delivered": 20}
