@@ -95,9 +95,10 @@ class BlockPool:
         sequence.computed = sequence.room = sequence.known_blocks * self.block_size
 
     def cached_len(self, sequence: Sequence) -> int:
-        """How many tokens ``reuse`` would spare a sequence without blocks."""
+        """How many tokens the cache would spare a sequence that isn't here yet."""
         if self._prefixes is None:
             return 0
+        sequence.public_len = self.public_len(sequence.tokens)
         node, known = 0, 0
         for index in range((len(sequence.tokens) - 1) // self.block_size):
             block = self._prefixes.find(node, *self._content(sequence, index))
