@@ -44,6 +44,9 @@ class Metrics:
             "tokenbus_undelivered_messages", "Replies the broker hasn't acknowledged", registry=registry
         )
         self.journal_lag = Gauge("tokenbus_journal_waiting_writes", "Writes queued for the journal", registry=registry)
+        self.replicas = Gauge(
+            "tokenbus_replicas", "Replicas that share the journal and live, this one included", registry=registry
+        )
         self.draining = Gauge("tokenbus_draining", "1 while nothing new is taken up", registry=registry)
         self.tokens = Counter("tokenbus_tokens", "Tokens by kind", ["kind"], registry=registry)
         self.wasted = Counter("tokenbus_wasted_tokens", "Tokens computed in vain", ["reason"], registry=registry)

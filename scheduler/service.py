@@ -226,6 +226,7 @@ def _watch(metrics: Metrics, service: Service) -> None:
         (metrics.unacknowledged.labels("broker"), lambda: transport.unacknowledged),
         (metrics.unacknowledged.labels("service"), lambda: transport.unacknowledged_incoming),
         (metrics.journal_lag, lambda: service.journal.lag),
+        (metrics.replicas, lambda: service.ingress.turns.replicas),
         (metrics.draining, lambda: service.ingress.draining),
     ):
         gauge.set_function(read)

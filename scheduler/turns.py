@@ -28,6 +28,11 @@ class Turns:
         self._others = loads
 
     @property
+    def replicas(self) -> int:
+        """How many live, as far as we know."""
+        return 1 + len(self._others)
+
+    @property
     def speaks(self) -> bool:
         """Whether it is for us to answer what no journal tells whose it is: it is for the oldest."""
         return all(self._number < other for other in self._others)

@@ -166,7 +166,7 @@ class Ingress:
         self._egress = egress
         self._delivery = delivery
         self._watch = watch
-        self._turns = turns
+        self.turns = turns
         self.accepting = False
         self.draining = False
 
@@ -205,7 +205,7 @@ class Ingress:
                 else:
                     late.append((entry, error))
         if late:
-            await _sleep_until(_after(batch[-1], self._turns.over_after_s))
+            await _sleep_until(_after(batch[-1], self.turns.over_after_s))
             await self._refuse(late)
         return held
 
@@ -214,7 +214,7 @@ class Ingress:
         whens: dict[int, float] = {}
         latest = 0.0
         for index, (incoming, content) in enumerate(zip(batch, contents, strict=True)):
-            when = _after(incoming, self._turns.pause_s(content)) if isinstance(content, Entry) else latest
+            when = _after(incoming, self.turns.pause_s(content)) if isinstance(content, Entry) else latest
             latest = max(latest, when)
             whens[index] = when
         return whens
@@ -247,13 +247,13 @@ class Ingress:
         """Every replica has had its turn: what none of them took up is refused by one."""
         known = await self._journal.find([entry.id for entry, _ in late])
         for (entry, error), taken in zip(late, known, strict=True):
-            if taken is None and self._turns.speaks:
+            if taken is None and self.turns.speaks:
                 self._egress.refuse(entry.listeners[0], entry.request_id, error.body)
 
     async def _act(self, content: Cancel | Refusal | News | None) -> None:
         match content:
             case Refusal():
-                if self._turns.speaks:
+                if self.turns.speaks:
                     self._egress.refuse(content.listener, content.request_id, content.error.body)
             case Cancel():
                 await self._cancel(content)
@@ -302,7 +302,7 @@ class Ingress:
         if self._egress.cancel(cancel.id) or cancel.listener is None:
             return
         (taken,) = await self._journal.find([cancel.id])
-        if not (self._turns.speaks if taken is None else taken.ours):
+        if not (self.turns.speaks if taken is None else taken.ours):
             return
         # A cancel that comes too late is no error, so only who asked for an answer gets one.
         request_id = cancel.id.partition("/")[2]
