@@ -124,3 +124,13 @@ def test_prefix_counts_what_is_computed_and_of_whom(served):
     isolation = figures["isolation"]
     assert [isolation[name]["computed_prompt_tokens"] for name in ("cold", "warm", "other")] == [74, 74 - 64, 74]
     assert "computes 74 of 74 tokens" in report.prefix_line(msgspec.convert(figures, PrefixFigures))
+
+
+def test_replicas_serve_together_with_workers_that_sleep(served):
+    times = ("--warm-s", "1", "--seconds", "2", "--rounds", "1")
+    figures = bench("replicas", "--model", served, "--step-ms", "100", "--output-tokens", "16", *times)
+    assert figures["one_tokens_per_s"] > 0
+    assert figures["two_tokens_per_s"] > 0
+    assert len(figures["shares"]) == 2
+    assert sum(figures["shares"]) == pytest.approx(1)
+    assert min(figures["shares"]) > 0, "both had their part"

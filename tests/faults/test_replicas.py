@@ -53,7 +53,7 @@ async def pair(tmp_path, model, broker, database):
 
 
 async def all_metrics(pair: list[ServiceProcess], name: str) -> list[float]:
-    return [(await one.metrics())[name] for one in pair]
+    return [(await one.metrics()).get(name, 0.0) for one in pair]
 
 
 async def until(look: Callable[[], Awaitable[T]], holds: Callable[[T], bool]) -> T:
