@@ -118,7 +118,7 @@ async def _rates(load: Load, database: str, count: int) -> list[float]:
 
 async def measure(load: Load, rounds: int, step_ms: float) -> ReplicaFigures:
     """One replica and two in turn."""
-    os.environ["TOKENBUS_SLEEP_S"] = str(step_ms / 1000)
+    os.environ["SLEEPER_STEP_S"] = str(step_ms / 1000)
     with cluster() as database:
         runs = [(await _rates(load, database, 1), await _rates(load, database, 2)) for _ in range(rounds)]
     return ReplicaFigures(

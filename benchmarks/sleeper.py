@@ -1,6 +1,6 @@
 """A worker that computes nothing and takes its time over it: ``python -m benchmarks.sleeper`` instead of ``python -m workers``.
 
-``TOKENBUS_SLEEP_S`` is how long it takes over each step.
+``SLEEPER_STEP_S`` is how long it takes over each step.
 """
 
 import os
@@ -12,12 +12,12 @@ from protocol.plan import WorkerConfig, WorkerInfo
 from workers.weights import DEMO, demo_model
 
 _MODEL_LEN = 4096
-_TOKEN = 40
+_VOCAB, _TOKEN = 1000, 40
 
 
 def main() -> None:
     """Answer every plan with the same token for each row, until the scheduler closes the pipe."""
-    step_s = float(os.environ["TOKENBUS_SLEEP_S"])
+    step_s = float(os.environ["SLEEPER_STEP_S"])
     config = plan.decode_config(_read() or b"")
     _write(_info(config))
     while (body := _read()) is not None:
@@ -34,7 +34,7 @@ def _info(config: WorkerConfig) -> WorkerInfo:
     return WorkerInfo(
         model_path=str(demo_model() if config.model == DEMO else config.model),
         max_model_len=_MODEL_LEN,
-        vocab_size=_TOKEN + 1,
+        vocab_size=_VOCAB,
         eos_ids=[],
         num_blocks=config.max_running * _MODEL_LEN // config.block_size,
         block_size=config.block_size,

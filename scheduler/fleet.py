@@ -77,6 +77,8 @@ class Fleet:
                 for entry in entries:
                     self._egress.drop(entry.id)  # it was ours before, and we haven't noticed that we had lost it
                 await self._recovery.take_up(entries)
+                for entry in entries:
+                    self._egress.cancel_as_missed(entry.id)
             await asyncio.sleep(self._pause_s)
 
     async def _exchange(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable
 
 from protocol.errors import ErrorBody, RequestError, ServiceError
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: Clients that hear the answer to one request; another one takes the oldest one's place.
 _MOST_LISTENERS = 16
+#: Cancels of what isn't here are remembered, this many for so long: another replica may have died with it.
+_MOST_MISSED, _MISSED_S = 10_000, 300.0
 
 
 class Egress:
@@ -49,6 +52,7 @@ class Egress:
         self._deadlines = Deadlines()
         self._generations: dict[str, Generation] = {}
         self._dirty: set[str] = set()
+        self._missed: OrderedDict[str, float] = OrderedDict()
         self._text_came = asyncio.Event()
         self._changed = asyncio.Event()
 
@@ -111,7 +115,17 @@ class Egress:
         generation = self._generations.get(id)
         if generation is not None:
             self._stop(generation, Cancelled, "cancelled")
+        else:
+            self._missed[id] = time.monotonic()
+            if len(self._missed) > _MOST_MISSED:
+                self._missed.popitem(last=False)
         return generation is not None
+
+    def cancel_as_missed(self, id: str) -> None:
+        """End a request that was taken over, if it was cancelled while nobody had it."""
+        at = self._missed.pop(id, None)
+        if at is not None and time.monotonic() - at < _MISSED_S:
+            self.cancel(id)
 
     def ids(self) -> set[str]:
         """Of all that is held."""
