@@ -108,6 +108,9 @@ _CONNECT_S = 10
 #: Times that a lease is renewed before it would run out.
 _RENEWALS = 5
 
+#: Its time was over just when it was asked for: who asks once more has it run again.
+_FORGOTTEN = Taken(b"", None, ours=False)
+
 _Rows = list[tuple[Any, ...]]
 
 
@@ -121,10 +124,11 @@ class _Work(NamedTuple):
 class PostgresJournal:
     """See ``Journal``; use as ``async with PostgresJournal(url, ...) as journal``, in any number of replicas.
 
-    ``url`` is libpq's, as are the environment and the files it reads. Each process has a ``number`` of its own, which its rows
-    carry as their owner, and keeps a lease of ``lease_s``; ``lapses`` counts how often it ran out all the same. ``unfinished``
-    is what earlier processes of the same ``replica`` left, and a part of what others did. Results are kept for
-    ``retention_s`` after delivery. Entering raises JournalError for a database that can't be used.
+    ``url`` is libpq's, as are the environment and the files it reads; it is logged, so it must hold no password. Each process
+    has a ``number`` of its own, which its rows carry as their owner, and keeps a lease of ``lease_s``; ``lapses`` counts how
+    often it ran out all the same. ``unfinished`` is what earlier processes of the same ``replica`` left, and a part of what
+    others did. Results are kept for ``retention_s`` after delivery. Entering raises JournalError for a database that can't
+    be used.
     """
 
     durable = True
@@ -145,6 +149,7 @@ class PostgresJournal:
         self.lease_s = lease_s
         self.lapses = 0
         self._url = url
+        self._name = f"the journal {url}"
         self._password = password
         self._replica = replica
         self._retention_s = retention_s
@@ -193,7 +198,7 @@ class PostgresJournal:
             found = _by_id(answers[1])
             results: list[Taken | None] = []
             for id in ids:
-                results.append(None if id in new else found[id])
+                results.append(None if id in new else found.get(id, _FORGOTTEN))
                 new.discard(id)
             return results
 
@@ -254,15 +259,21 @@ class PostgresJournal:
         return [load(row, pieces[row[0]]) for row in rows]
 
     @property
-    def _name(self) -> str:
-        parts = conninfo_to_dict(self._url)
-        return f"the journal {parts.get('dbname', '')} at {parts.get('host', 'localhost')}"
+    def _lease_ms(self) -> int:
+        return round(1000 * self.lease_s)
+
+    def _conninfo(self) -> str:
+        """What the URL says goes before what we would."""
+        ours: dict[str, Any] = {
+            "connect_timeout": _CONNECT_S,
+            "tcp_user_timeout": self._lease_ms,
+            "application_name": self._replica,
+            "password": self._password,
+        }
+        return make_conninfo(**{**ours, **conninfo_to_dict(self._url)})
 
     async def _open(self) -> None:
-        where = make_conninfo(
-            self._url, password=self._password, connect_timeout=_CONNECT_S, application_name=self._replica
-        )
-        connection = await psycopg.AsyncConnection.connect(where, autocommit=True)
+        connection = await psycopg.AsyncConnection.connect(self._conninfo(), autocommit=True)
         self._connection = connection
         try:
             await self._prepare(connection)
@@ -277,8 +288,8 @@ class PostgresJournal:
 
     async def _prepare(self, connection: psycopg.AsyncConnection[tuple[Any, ...]]) -> None:
         # Should our machine vanish during a transaction, its locks must not keep our rows from those who take over.
-        timeout = str(round(1000 * self.lease_s))
-        await connection.execute("SELECT set_config('idle_in_transaction_session_timeout', %s, false)", (timeout,))
+        limit = (str(self._lease_ms),)
+        await connection.execute("SELECT set_config('idle_in_transaction_session_timeout', %s, false)", limit)
         async with connection.transaction():
             await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
             found = await connection.execute(

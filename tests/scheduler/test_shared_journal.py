@@ -212,7 +212,7 @@ async def test_a_database_of_another_version_is_refused(database):
 
 async def test_where_there_is_no_database_the_message_names_it_and_no_password():
     url = "postgresql://svc@localhost:1/journal"
-    with pytest.raises(JournalError, match="the journal journal at localhost can't be used") as caught:
+    with pytest.raises(JournalError, match="the journal postgresql://svc@localhost:1/journal can't be used") as caught:
         await opened(url, password="hunter2").__aenter__()
     assert "hunter2" not in str(caught.value)
 
