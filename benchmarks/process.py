@@ -14,12 +14,17 @@ _USER, _SYSTEM = 13, 14
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path, url: str, settings: dict[str, object]) -> AsyncIterator[int]:
-    """Its process id; it is online inside the block and killed after it. ``settings`` may say where metrics are served."""
+async def serving(
+    folder: Path, url: str, settings: dict[str, object], module: str = "scheduler.cli"
+) -> AsyncIterator[int]:
+    """Its process id; it is online inside the block and killed after it. ``settings`` may say where metrics are served.
+
+    ``module`` is run with the arguments of ``tokenbus``.
+    """
     settings = {"broker.url": url, "broker.data_dir": folder, "metrics.port": 0, **settings}
     arguments = [f"--set={name}={value}" for name, value in settings.items()]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "scheduler.cli", "serve", "--set=service.log_level=warning", *arguments)
+        *(sys.executable, "-m", module, "serve", "--set=service.log_level=warning", *arguments)
     )
     try:
         async with asyncio.timeout(_UP_S), Client(url, tenant="probe") as client:

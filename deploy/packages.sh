@@ -1,6 +1,7 @@
 #!/bin/sh
 # System programs that make needs: a broker with its command-line clients, openssl for the tests' certificates, Prometheus for
-# those of the metrics, a browser for those of the console, and a compiler for the CPU attention kernel.
+# those of the metrics, a browser for those of the console, PostgreSQL for those of replicas, and a compiler for the CPU
+# attention kernel.
 # As root on a Debian-like system they are installed when missing; elsewhere this says what to install.
 set -eu
 
@@ -11,6 +12,7 @@ command -v mosquitto_pub >/dev/null || missing="$missing mosquitto-clients"
 command -v openssl >/dev/null || missing="$missing openssl"
 command -v promtool >/dev/null && command -v prometheus >/dev/null || missing="$missing prometheus"
 command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || missing="$missing chromium"
+command -v postgres >/dev/null || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || missing="$missing postgresql"
 command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || missing="$missing g++"
 [ -n "$missing" ] || exit 0
 

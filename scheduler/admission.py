@@ -1,7 +1,7 @@
 """Who may still send: quotas for each tenant, bounds for all together."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from protocol.errors import Busy
@@ -54,7 +54,7 @@ class Admission:
         account, tokens = self._account(entry.tenant), len(entry.prompt)
         _check_context(entry, account.quota)
         account.check(tokens, now)
-        if account.outstanding >= account.quota.outstanding:
+        if account.outstanding + account.elsewhere >= account.quota.outstanding:
             detail = f"{account.quota.outstanding} requests of yours are outstanding, which is the limit"
             raise Busy("rate_limited", detail, self._wait_ms())
         if journal_full or self.outstanding >= bounds.in_all:
@@ -93,6 +93,16 @@ class Admission:
         """A place was taken, and paid for, by ``enter`` for what turned out not to need one."""
         self.release(entry)
         self._accounts[entry.tenant].refund(len(entry.prompt))
+
+    def accounts(self) -> Iterator[tuple[str, Account]]:
+        """Of the tenants that are kept in mind."""
+        return iter(self._accounts.items())
+
+    def spent_elsewhere(self, tenant: str, *, outstanding: int, requests: int, tokens: int) -> None:
+        """What a tenant has outstanding in other replicas, and what it paid there since this was last said."""
+        account = self._account(tenant)
+        account.elsewhere = outstanding
+        account.spent_elsewhere(requests, tokens, self._clock())
 
     def _account(self, tenant: str) -> Account:
         account = self._accounts.get(tenant)

@@ -61,6 +61,7 @@ _BENCHMARKS = (
     "overhead",
     "adapters",
     "scrape",
+    "replicas",
 )
 
 

@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -106,10 +107,16 @@ class BrokerConfig(Section, frozen=True):
 class JournalConfig(Section, frozen=True):
     """What was accepted, on disk. ``path`` absent: in the data directory; ``off``: nothing outlives the process.
 
+    ``url``: instead of a file, the PostgreSQL that replicas share (``postgresql://user@host/database``); the password comes
+    from a file, or from libpq's environment. What a replica holds is taken over when nothing is heard of it for ``lease_s``.
+
     Results are kept for ``retention_s`` after delivery, less when the file would grow over ``max_mb``.
     """
 
     path: str | None = None
+    url: str | None = None
+    password_file: str | None = None
+    lease_s: Seconds = 5.0
     retention_s: Count = 3600
     max_mb: Count = 2048
 
@@ -298,6 +305,7 @@ def _check(config: Config) -> None:
     if len(set(config.tiers().values())) > _MOST_TIERS:
         raise ConfigError(f"tenants: must be of at most {_MOST_TIERS} tiers, each of which has histograms of its own")
     _check_broker(config.broker)
+    _check_journal(config.journal)
     if config.engine.max_batch_tokens < config.engine.max_running:
         raise ConfigError("engine.max_batch_tokens: must be at least engine.max_running, so that no decode is left out")
     if (config.metrics.cert_file is None) != (config.metrics.key_file is None):
@@ -315,3 +323,20 @@ def _check_broker(broker: BrokerConfig) -> None:
         BrokerAddress.parse(url, ca_file=broker.ca_file, cert_file=broker.cert_file, key_file=broker.key_file)
     except ValueError as error:
         raise ConfigError(f"broker.url: {error}") from None
+
+
+def _check_journal(journal: JournalConfig) -> None:
+    """A password in the URL would be seen wherever the settings are."""
+    if journal.url is None:
+        return
+    if journal.path is not None:
+        raise ConfigError("journal.path, journal.url: only one of them may be given")
+    try:
+        url = urlsplit(journal.url)
+        password = url.password or "password" in parse_qs(url.query)
+    except ValueError:
+        raise ConfigError("journal.url: must look like postgresql://user@host/database") from None
+    if url.scheme not in ("postgresql", "postgres"):
+        raise ConfigError("journal.url: must look like postgresql://user@host/database")
+    if password:
+        raise ConfigError("journal.url: must hold no password, which journal.password_file or PGPASSWORD may give")

@@ -22,7 +22,7 @@ class Quota:
 
 
 class Account:
-    """What a tenant has outstanding, and its buckets. They are full at first.
+    """What a tenant has outstanding, here and ``elsewhere``, what it has paid in all, and its buckets. They are full at first.
 
     A request is let in while its bucket holds one, and the bucket of tokens the prompt's (or is full, for a longer prompt). Then
     both are paid. Each generated token is paid when it comes, though it may put the bucket into debt, which keeps the next
@@ -32,6 +32,9 @@ class Account:
     def __init__(self, quota: Quota) -> None:
         self.quota = quota
         self.outstanding = 0
+        self.elsewhere = 0
+        self.requests = 0
+        self.tokens = 0
         rate, tokens = quota.requests_per_s, quota.tokens_per_min
         self._requests = None if rate is None else TokenBucket(rate, max(rate, 1.0))
         self._tokens = None if tokens is None else TokenBucket(tokens / 60, tokens)
@@ -39,7 +42,8 @@ class Account:
     def under(self, quota: Quota, now: float) -> "Account":
         """The same account under another quota: what is used up remains so."""
         account = Account(quota)
-        account.outstanding = self.outstanding
+        account.outstanding, account.elsewhere = self.outstanding, self.elsewhere
+        account.requests, account.tokens = self.requests, self.tokens
         for old, new in ((self._requests, account._requests), (self._tokens, account._tokens)):
             if old is not None and new is not None:
                 new.take(old.missing(now), now)
@@ -60,22 +64,35 @@ class Account:
 
     def pay(self, prompt_tokens: int, now: float) -> None:
         """For a request that is let in."""
+        self.requests += 1
         if self._requests is not None:
             self._requests.take(1, now)
         self.pay_tokens(prompt_tokens, now)
 
     def pay_tokens(self, count: int, now: float) -> None:
+        self.tokens += count
         if self._tokens is not None:
             self._tokens.take(count, now)
 
     def refund(self, prompt_tokens: int) -> None:
         """Undo a ``pay``."""
+        self.requests -= 1
+        self.tokens -= prompt_tokens
         if self._requests is not None:
             self._requests.give_back(1)
         if self._tokens is not None:
             self._tokens.give_back(prompt_tokens)
 
+    def spent_elsewhere(self, requests: int, tokens: int, now: float) -> None:
+        """So much was paid in other places that share the quota; less than nothing where it was refunded."""
+        for bucket, amount in ((self._requests, requests), (self._tokens, tokens)):
+            if bucket is not None and amount > 0:
+                bucket.take(amount, now)
+            elif bucket is not None:
+                bucket.give_back(-amount)
+
     def is_as_new(self, now: float) -> bool:
         """Whether forgetting it changes nothing."""
         buckets = (self._requests, self._tokens)
-        return not self.outstanding and all(bucket is None or bucket.full_at() <= now for bucket in buckets)
+        idle = not self.outstanding and not self.elsewhere
+        return idle and all(bucket is None or bucket.full_at() <= now for bucket in buckets)

@@ -1,6 +1,7 @@
-"""After a start: what an earlier process accepted goes on from its journalled tokens."""
+"""After a start, or another replica's end: what another process accepted goes on from its journalled tokens."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from protocol.errors import BadRequest, ServiceError
@@ -32,6 +33,10 @@ class Recovery:
         entries = self.journal.unfinished()
         if entries:
             logger.info("taking up what an earlier process accepted", extra={"requests": len(entries)})
+        await self.take_up(entries)
+
+    async def take_up(self, entries: Iterable[Entry]) -> None:
+        """Go on with these, suspects one at a time, though beside what runs already."""
         running = []
         for entry in entries:
             if entry.reply is not None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from platformdirs import user_state_path
@@ -17,9 +17,12 @@ from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
 from scheduler.console.activity import Activity
 from scheduler.console.server import PREFIX, console_for
 from scheduler.core import policies
+from scheduler.fleet import Fleet
+from scheduler.generation import sequence_for
 from scheduler.http import HttpServer, tls_context
-from scheduler.journal.entry import Journal
+from scheduler.journal.entry import Entry, Journal
 from scheduler.journal.memory import MemoryJournal
+from scheduler.journal.postgres import PostgresJournal
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.loop import Engine, Patience
 from scheduler.metrics.fairness import FairnessCollector
@@ -32,6 +35,7 @@ from scheduler.mqtt.watch import BrokerWatch
 from scheduler.outlook import Outlook
 from scheduler.recovery import Recovery
 from scheduler.text import Text, preload
+from scheduler.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,8 @@ class Service:
         delivery: Delivery,
         egress: Egress,
         ingress: Ingress,
+        recovery: Recovery,
+        fleet: Fleet | None,
     ) -> None:
         self.config = config
         self.broker_url = broker_url
@@ -70,6 +76,8 @@ class Service:
         self.delivery = delivery
         self.egress = egress
         self.ingress = ingress
+        self.recovery = recovery
+        self.fleet = fleet
 
     @property
     def unanswered(self) -> int:
@@ -79,6 +87,8 @@ class Service:
     async def drain(self) -> None:
         """Take nothing new up and let what runs finish, for as long as the configuration allows."""
         self.ingress.drain()
+        if self.fleet is not None:
+            self.fleet.retire()
         logger.info("draining", extra={"running": len(self.egress)})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.service.drain_s):
@@ -146,17 +156,8 @@ async def running(config: Config) -> AsyncIterator[Service]:
     async with contextlib.AsyncExitStack() as stack:
         broker_url = await _broker(config, data_dir, stack)
         service = await _start(config, data_dir, broker_url, stack)
-        recovery = Recovery(
-            service.journal,
-            service.engine,
-            service.admission,
-            service.delivery,
-            service.egress,
-            config.model.alias,
-            config.engine.attempts,
-        )
         stack.push_async_callback(service.say_goodbye)
-        async with _looping(service, recovery):
+        async with _looping(service):
             yield service
 
 
@@ -199,7 +200,13 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, activity, flush_s)
     reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
     watch = BrokerWatch(metrics.broker_dropped)
-    ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch, metrics)
+    turns, load = _turns(journal, engine, egress, config.engine.max_running)
+    ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch, metrics, turns)
+    recovery = Recovery(journal, engine, admission, delivery, egress, config.model.alias, config.engine.attempts)
+    fleet = None
+    if isinstance(journal, PostgresJournal):
+        fleet = Fleet(journal, turns, load, engine.batcher.queue, admission, egress, recovery)
+        await fleet.join()
     service = Service(
         config,
         broker_url=broker_url,
@@ -213,6 +220,8 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
         delivery=delivery,
         egress=egress,
         ingress=ingress,
+        recovery=recovery,
+        fleet=fleet,
     )
     health.service = service
     if console is not None:
@@ -239,6 +248,7 @@ def _watch(metrics: Metrics, service: Service) -> None:
         (metrics.unacknowledged.labels("service"), lambda: transport.unacknowledged_incoming),
         (metrics.journal_lag, lambda: service.journal.lag),
         (metrics.journal_rows, lambda: service.journal.rows),
+        (metrics.replicas, lambda: service.ingress.turns.replicas),
         (metrics.draining, lambda: service.ingress.draining),
     ):
         gauge.set_function(read)
@@ -250,15 +260,17 @@ def _watch(metrics: Metrics, service: Service) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _looping(service: Service, recovery: Recovery) -> AsyncIterator[None]:
+async def _looping(service: Service) -> AsyncIterator[None]:
     """The loops run inside the block; one that fails ends the block with its exception."""
-    loops = (
+    loops = [
         ("loop", service.engine.run()),
         ("egress", service.egress.run()),
         ("flush", service.egress.flush_regularly()),
         ("deadlines", service.egress.expire_overdue()),
-        ("ingress", _take_in(service, recovery)),
-    )
+        ("ingress", _take_in(service)),
+    ]
+    if service.fleet is not None:
+        loops += [("exchange", service.fleet.exchange_regularly()), ("takeover", service.fleet.take_over_regularly())]
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(work, name=name) for name, work in loops]
         try:
@@ -268,9 +280,9 @@ async def _looping(service: Service, recovery: Recovery) -> AsyncIterator[None]:
                 task.cancel()
 
 
-async def _take_in(service: Service, recovery: Recovery) -> None:
+async def _take_in(service: Service) -> None:
     """First what an earlier process left, then what comes."""
-    await recovery.run()
+    await service.recovery.run()
     model = service.config.model.alias
     online = replies.Status("online", model, service.engine.info.max_model_len, service.config.engine.max_running)
     await service.publish_status(online)
@@ -321,21 +333,46 @@ def _share_prefixes(systems: list[str], text: Text, engine: Engine) -> None:
         raise ConfigError(f"engine.shared_prefixes: {error}") from None
 
 
+def _turns(journal: Journal, engine: Engine, egress: Egress, max_running: int) -> tuple[Turns, Callable[[], float]]:
+    """A replica's place among others, and what it tells of its load. Who shares no journal is alone."""
+
+    def load() -> float:
+        return len(egress) / max_running
+
+    def cached(entry: Entry) -> float:
+        sequence = sequence_for(entry, engine.info)
+        return engine.batcher.pool.cached_len(sequence) / sequence.prompt_len
+
+    number = journal.number if isinstance(journal, PostgresJournal) else 0
+    return Turns(number, load, cached), load
+
+
 def _journal(config: Config, data_dir: Path) -> contextlib.AbstractAsyncContextManager[Journal]:
     journal = config.journal
+    if journal.url is not None:
+        return PostgresJournal(
+            journal.url,
+            replica=config.service.replica,
+            password=_password(journal.password_file),
+            lease_s=journal.lease_s,
+            retention_s=journal.retention_s,
+        )
     if journal.path == OFF:
         return MemoryJournal()
     path = data_dir / "journal.sqlite3" if journal.path is None else Path(journal.path)
     return SqliteJournal(path, retention_s=journal.retention_s, max_bytes=journal.max_mb * 2**20)
 
 
+def _password(file: str | None) -> str | None:
+    return None if file is None else read_password(Path(file))
+
+
 def _transport(config: Config, data_dir: Path, broker_url: str) -> Transport:
     broker, replica = config.broker, config.service.replica
-    password = None if broker.password_file is None else read_password(Path(broker.password_file))
     address = BrokerAddress.parse(
         broker_url,
         username=broker.username,
-        password=password,
+        password=_password(broker.password_file),
         ca_file=broker.ca_file,
         cert_file=broker.cert_file,
         key_file=broker.key_file,
@@ -346,8 +383,14 @@ def _transport(config: Config, data_dir: Path, broker_url: str) -> Transport:
         identifier=_identifier(data_dir, replica),
         subscriptions=(*SUBSCRIPTIONS, BrokerWatch.SUBSCRIPTION),
         will=offline,
-        session_expiry_s=broker.session_expiry_s,
+        session_expiry_s=_session_expiry_s(config),
     )
+
+
+def _session_expiry_s(config: Config) -> int:
+    """Replicas share a journal: what others did while we were away must not come to us once it is forgotten there."""
+    expiry_s = config.broker.session_expiry_s
+    return expiry_s if config.journal.url is None else min(expiry_s, config.journal.retention_s)
 
 
 def _identifier(data_dir: Path, replica: str) -> str:

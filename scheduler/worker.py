@@ -21,6 +21,9 @@ from protocol.plan import (
     WorkerInfo,
 )
 
+#: What is run.
+COMMAND = (sys.executable, "-m", "workers")
+
 _STOP_S = 5.0
 
 #: OpenMP threads spin at every barrier; when another process has one of their cores, each barrier would cost a time slice.
@@ -53,9 +56,7 @@ class Worker:
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "workers",
+            *COMMAND,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=ENVIRONMENT | os.environ,

@@ -94,6 +94,19 @@ class BlockPool:
             sequence.node = self._prefixes.node(block)
         sequence.computed = sequence.room = sequence.known_blocks * self.block_size
 
+    def cached_len(self, sequence: Sequence) -> int:
+        """How many tokens the cache would spare a sequence that isn't here yet."""
+        if self._prefixes is None:
+            return 0
+        sequence.public_len = self.public_len(sequence.tokens)
+        node, known = 0, 0
+        for index in range((len(sequence.tokens) - 1) // self.block_size):
+            block = self._prefixes.find(node, *self._content(sequence, index))
+            if block is None:
+                break
+            node, known = self._prefixes.node(block), index + 1
+        return known * self.block_size
+
     def remember(self, sequence: Sequence, computed: int) -> None:
         """The first ``computed`` positions of a sequence are computed: its full blocks can be found from now on."""
         if self._prefixes is None:

@@ -194,6 +194,13 @@ class FairQueue:
             if tenant.counter > self.highest:  # noqa: PLR1730 - every step, for every tenant in it: max() costs as much as the rest
                 self.highest = tenant.counter
 
+    def charge_elsewhere(self, service: Mapping[str, float]) -> None:
+        """Other queues that share these tenants served them so many units, divided by their weights."""
+        for name, share in service.items():
+            tenant = self._tenant(name)
+            tenant.counter += share
+            self.highest = max(self.highest, tenant.counter)
+
     def _add(self, tenant: _Tenant, sequence: Sequence) -> None:
         tenant.waiting[sequence.rank] = sequence
         if not tenant.listed:

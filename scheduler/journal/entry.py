@@ -1,7 +1,7 @@
 """An accepted request as the journal keeps it, and what any journal can do."""
 
 import hashlib
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -54,10 +54,14 @@ class Entry(msgspec.Struct, kw_only=True):
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """What the journal holds under an id that came again: who asked what, and the terminal message if it has ended."""
+    """What the journal holds under an id that came again: who asked what, and the terminal message if it has ended.
+
+    ``ours``: this process is to answer, and no other.
+    """
 
     digest: bytes
     reply: bytes | None
+    ours: bool = True
 
 
 def digest(model: str, request: Request) -> bytes:
@@ -93,14 +97,15 @@ class Journal(Protocol):
     def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
         """What is known of these ids."""
 
-    def progress(self, records: Iterable[tuple[str, int, list[int]]]) -> Awaitable[None]:
-        """Write tokens as ``(id, number of the record, tokens)``."""
+    def progress(self, records: Iterable[tuple[str, int, list[int]]]) -> Awaitable[Collection[str]]:
+        """Write tokens as ``(id, number of the record, tokens)``. Of those ids that are returned nothing was written:
+        another process has taken them over."""
 
     def listen(self, id: str, listeners: Sequence[Listener]) -> Awaitable[None]:
         """Replace those who are to hear the answer."""
 
-    def end(self, id: str, reply: bytes) -> Awaitable[None]:
-        """Write the terminal message."""
+    def end(self, id: str, reply: bytes) -> Awaitable[bool]:
+        """Write the terminal message; False: nothing was written, as another process has taken it over."""
 
     def delivered(self, id: str) -> Awaitable[None]:
         """The broker has the terminal message; from now on it is kept for the retention time only."""

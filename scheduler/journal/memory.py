@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Sequence
 from typing import Self, TypeVar
 
 from scheduler.journal.entry import Entry, Listener, Taken, digest
@@ -43,17 +43,17 @@ class MemoryJournal:
     def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
         return _done([self._find(id) for id in ids])
 
-    def progress(self, records: Iterable[tuple[str, int, list[int]]]) -> Awaitable[None]:  # noqa: ARG002
-        return _done(None)
+    def progress(self, records: Iterable[tuple[str, int, list[int]]]) -> Awaitable[Collection[str]]:  # noqa: ARG002
+        return _done(())
 
     def listen(self, id: str, listeners: Sequence[Listener]) -> Awaitable[None]:  # noqa: ARG002
         return _done(None)
 
-    def end(self, id: str, reply: bytes) -> Awaitable[None]:
+    def end(self, id: str, reply: bytes) -> Awaitable[bool]:
         self._ended[id] = Taken(self._running.pop(id), reply)
         if len(self._ended) > _MOST_RESULTS:
             self._ended.popitem(last=False)
-        return _done(None)
+        return _done(True)
 
     def delivered(self, id: str) -> Awaitable[None]:  # noqa: ARG002
         return _done(None)

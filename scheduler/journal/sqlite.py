@@ -2,21 +2,19 @@
 
 import asyncio
 import contextlib
-import logging
 import math
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import msgspec
 
-from protocol.request import Request
 from scheduler.journal.entry import Entry, JournalError, Listener, Taken, digest
-
-logger = logging.getLogger(__name__)
+from scheduler.journal.groups import GroupCommit
+from scheduler.journal.row import body_of, encode, load
 
 _APPLICATION_ID = 0x746B6275  # "tkbu", as PRAGMA application_id
 _VERSION = 1
@@ -54,22 +52,6 @@ _NEARLY_FULL = 0.9
 
 T = TypeVar("T")
 _Work = Callable[[sqlite3.Connection], Any]
-_decode_listeners = msgspec.msgpack.Decoder(list[Listener]).decode
-_decode_tokens = msgspec.msgpack.Decoder(list[int]).decode
-_encode = msgspec.msgpack.encode
-
-
-class _Body(msgspec.Struct, frozen=True, array_like=True):
-    """What only the running of a request needs."""
-
-    model: str
-    request: Request
-    prompt: list[int]
-    seed: int
-    expires_at: float | None = None  # not in files of the first release
-
-
-_decode_body = msgspec.msgpack.Decoder(_Body).decode
 
 
 class SqliteJournal:
@@ -89,12 +71,9 @@ class SqliteJournal:
         self._max_bytes = max_bytes
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        self._pending: list[tuple[_Work, asyncio.Future[Any]]] = []
-        self._came = asyncio.Event()
         self._used_bytes = 0
         self._rows = 0
         self._unfinished: list[Entry] = []
-        self._error: JournalError | None = None
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -103,18 +82,14 @@ class SqliteJournal:
         except BaseException:
             self._thread.shutdown()
             raise
-        self._writer = asyncio.create_task(self._write(), name="journal")
+        self._groups: GroupCommit[_Work] = GroupCommit(f"the journal {self._path}", self._commit_in_thread)
         self._pruner = asyncio.create_task(self._prune_regularly(), name="journal pruning")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._pruner.cancel()
-        last = self._do(lambda _: None)
-        self._error = self._error or JournalError(f"the journal {self._path} is closed")
-        with contextlib.suppress(JournalError):
-            await last  # what came before is written now
-        self._writer.cancel()
-        await asyncio.wait({self._pruner, self._writer})
+        await self._groups.close()
+        await asyncio.wait({self._pruner})
         await self._loop.run_in_executor(self._thread, self._database.close)
         self._thread.shutdown()
 
@@ -124,7 +99,7 @@ class SqliteJournal:
 
     @property
     def lag(self) -> int:
-        return len(self._pending)
+        return len(self._groups)
 
     @property
     def rows(self) -> int:
@@ -144,20 +119,26 @@ class SqliteJournal:
     def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
         return self._do(lambda database: [_find(database, id) for id in ids])
 
-    def progress(self, records: Iterable[tuple[str, int, list[int]]]) -> Awaitable[None]:
-        rows = [(id, number, _encode(tokens)) for id, number, tokens in records]
-        return self._do(lambda database: _run_many(database, "INSERT INTO progress VALUES (?, ?, ?)", rows))
+    def progress(self, records: Iterable[tuple[str, int, list[int]]]) -> Awaitable[Collection[str]]:
+        rows = [(id, number, encode(tokens)) for id, number, tokens in records]
+
+        def work(database: sqlite3.Connection) -> Collection[str]:
+            _run_many(database, "INSERT INTO progress VALUES (?, ?, ?)", rows)
+            return ()
+
+        return self._do(work)
 
     def listen(self, id: str, listeners: Sequence[Listener]) -> Awaitable[None]:
-        return self._run("UPDATE requests SET listeners = ? WHERE id = ?", _encode(listeners), id)
+        return self._run("UPDATE requests SET listeners = ? WHERE id = ?", encode(listeners), id)
 
-    def end(self, id: str, reply: bytes) -> Awaitable[None]:
+    def end(self, id: str, reply: bytes) -> Awaitable[bool]:
         now = self._clock()
         end = "UPDATE requests SET state = ?, reply = ?, ended_at = ?, body = NULL WHERE id = ?"
 
-        def work(database: sqlite3.Connection) -> None:
+        def work(database: sqlite3.Connection) -> bool:
             database.execute(end, (_ENDED, reply, now, id))
             database.execute("DELETE FROM progress WHERE id = ?", (id,))
+            return True
 
         return self._do(work)
 
@@ -171,43 +152,20 @@ class SqliteJournal:
         return self._do(lambda database: _run_many(database, statement, [values]))
 
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> "asyncio.Future[T]":
-        done: asyncio.Future[T] = self._loop.create_future()
-        if self._error is not None:
-            done.set_exception(self._error)
-        else:
-            self._pending.append((work, done))
-            self._came.set()
-        return done
-
-    async def _write(self) -> None:
-        while True:
-            await self._came.wait()
-            self._came.clear()
-            batch, self._pending = self._pending, []
-            try:
-                results = await self._loop.run_in_executor(self._thread, self._commit, [work for work, _ in batch])
-            except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for ever
-                self._fail(batch, JournalError(f"the journal {self._path} can't be written: {error}"))
-                return
-            for (_, done), result in zip(batch, results, strict=True):
-                if not done.done():
-                    done.set_result(result)
-
-    def _fail(self, batch: list[tuple[_Work, asyncio.Future[Any]]], error: JournalError) -> None:
-        """Nothing more can be promised; whoever waits for a write hears of it."""
-        self._error = error
-        logger.error("%s", error)
-        waiting, self._pending = [*batch, *self._pending], []
-        for _, done in waiting:
-            if not done.done():
-                done.set_exception(error)
+        return self._groups.do(work)
 
     async def _prune_regularly(self) -> None:
         with contextlib.suppress(JournalError):  # whoever writes next hears of it
             while True:
                 await asyncio.sleep(_PRUNE_EVERY_S)
-                while await self._do(self._prune) >= _PRUNE_AT_ONCE:
+                while await self._prune_some() >= _PRUNE_AT_ONCE:
                     pass  # in pieces, so that other writes come in between
+
+    def _prune_some(self) -> Awaitable[int]:
+        return self._do(self._prune)
+
+    async def _commit_in_thread(self, batch: list[_Work]) -> list[Any]:
+        return await self._loop.run_in_executor(self._thread, self._commit, batch)
 
     def _commit(self, batch: list[_Work]) -> list[Any]:
         """In the journal's thread, as everything below."""
@@ -292,11 +250,10 @@ def _in_one_transaction(database: sqlite3.Connection, works: Iterable[_Work]) ->
 
 def _insert(database: sqlite3.Connection, entry: Entry) -> Taken | None:
     mark = digest(entry.model, entry.request)
-    body = _encode(_Body(entry.model, entry.request, entry.prompt, entry.seed, entry.expires_at))
     inserted = database.execute(
         "INSERT INTO requests (id, state, digest, accepted_at, attempt, listeners, body) VALUES (?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT (id) DO NOTHING",
-        (entry.id, _RUNNING, mark, entry.accepted_at, entry.attempt, _encode(entry.listeners), body),
+        (entry.id, _RUNNING, mark, entry.accepted_at, entry.attempt, encode(entry.listeners), body_of(entry)),
     )
     if inserted.rowcount:
         return None
@@ -309,24 +266,8 @@ def _find(database: sqlite3.Connection, id: str) -> Taken | None:
 
 
 def _load(database: sqlite3.Connection, row: tuple[Any, ...]) -> Entry:
-    id, accepted_at, attempt, trials, listeners, body, reply = row
-    # A request that has ended is only to be told so: its body is gone.
-    parts = _decode_body(body) if body is not None else _Body("", Request(), [], 0)
-    records = database.execute("SELECT tokens FROM progress WHERE id = ? ORDER BY number", (id,))
-    return Entry(
-        id=id,
-        model=parts.model,
-        request=parts.request,
-        prompt=parts.prompt,
-        seed=parts.seed,
-        accepted_at=accepted_at,
-        listeners=_decode_listeners(listeners),
-        expires_at=parts.expires_at,
-        attempt=attempt,
-        trials=trials,
-        records=[_decode_tokens(tokens) for (tokens,) in records],
-        reply=reply,
-    )
+    records = database.execute("SELECT tokens FROM progress WHERE id = ? ORDER BY number", row[:1])
+    return load(row, [tokens for (tokens,) in records])
 
 
 def _run_many(database: sqlite3.Connection, statement: str, rows: Sequence[tuple[object, ...]]) -> None:

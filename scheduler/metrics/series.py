@@ -86,6 +86,9 @@ class Metrics:
         self.journal_rows = Gauge(
             "tokenbus_journal_rows", "Requests in the journal, with the results that are kept", registry=registry
         )
+        self.replicas = Gauge(
+            "tokenbus_replicas", "Replicas that share the journal and live, this one included", registry=registry
+        )
         self.draining = Gauge("tokenbus_draining", "1 while nothing new is taken up", registry=registry)
 
     def _define_request_counters(self, registry: CollectorRegistry) -> None:

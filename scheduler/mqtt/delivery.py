@@ -112,8 +112,10 @@ class Delivery:
         if not self._pending:
             self._empty.set()
 
-    async def _finish(self, entry: Entry, payload: bytes, written: Awaitable[None], last: Chunk | None) -> None:
-        await written
+    async def _finish(self, entry: Entry, payload: bytes, written: Awaitable[bool], last: Chunk | None) -> None:
+        if not await written:
+            logger.info("another replica had taken this request over", extra={"id": entry.id})
+            return
         if last is not None:
             self.publish_chunk(entry.listeners, last)
         await self._tell(entry, payload)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable
 
 from protocol.errors import ErrorBody, RequestError, ServiceError
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: Clients that hear the answer to one request; another one takes the oldest one's place.
 _MOST_LISTENERS = 16
+#: Cancels of what isn't here are remembered, this many for so long: another replica may have died with it.
+_MOST_MISSED, _MISSED_S = 10_000, 300.0
 
 
 class Egress:
@@ -53,6 +56,7 @@ class Egress:
         self._generations: dict[str, Generation] = {}
         self._unstarted: dict[str, Generation] = {}
         self._dirty: set[str] = set()
+        self._missed: OrderedDict[str, float] = OrderedDict()
         self._text_came = asyncio.Event()
         self._changed = asyncio.Event()
 
@@ -122,7 +126,28 @@ class Egress:
         generation = self._generations.get(id)
         if generation is not None:
             self._stop(generation, Cancelled, "cancelled")
+        else:
+            self._missed[id] = time.monotonic()
+            if len(self._missed) > _MOST_MISSED:
+                self._missed.popitem(last=False)
         return generation is not None
+
+    def cancel_as_missed(self, id: str) -> None:
+        """End a request that was taken over, if it was cancelled while nobody had it."""
+        at = self._missed.pop(id, None)
+        if at is not None and time.monotonic() - at < _MISSED_S:
+            self.cancel(id)
+
+    def ids(self) -> set[str]:
+        """Of all that is held."""
+        return set(self._generations)
+
+    def drop(self, id: str) -> None:
+        """Another replica has taken a request over, and answers it; nothing is said here. Does nothing for one that has ended."""
+        generation = self._generations.get(id)
+        if generation is not None:
+            self._engine.end(id)
+            self._leave(generation, "taken_over")
 
     def fail_all(self, error: ServiceError) -> None:
         """End everything that runs, for want of a journal to keep it."""
@@ -167,10 +192,13 @@ class Egress:
         pieces = [(generation, *cut) for id in dirty if (cut := (generation := self._generations[id]).cut())]
         if not pieces:
             return
-        await self._journal.progress([(generation.entry.id, number, tokens) for generation, number, tokens in pieces])
+        records = [(generation.entry.id, number, tokens) for generation, number, tokens in pieces]
+        lost = await self._journal.progress(records)
+        for id in lost:
+            self.drop(id)
         for generation, number, _ in pieces:
             generation.published = number + 1
-            if generation.streams:
+            if generation.streams and generation.entry.id not in lost:
                 self._delivery.publish_chunk(generation.entry.listeners, generation.chunk(number))
 
     async def _changes(self) -> None:
@@ -248,6 +276,11 @@ class Egress:
         self._delivery.finish(entry, reply)
 
     def _end(self, generation: Generation, reply: Terminal, outcome: str, last: Chunk | None = None) -> None:
+        self._leave(generation, outcome)
+        self._delivery.finish(generation.entry, reply, last)
+
+    def _leave(self, generation: Generation, outcome: str) -> None:
+        """It is held no longer."""
         entry = generation.entry
         del self._generations[entry.id]
         self._unstarted.pop(entry.id, None)
@@ -276,5 +309,4 @@ class Egress:
                 "total_s": round(timings.total_s, 4),
             },
         )
-        self._delivery.finish(entry, reply, last)
         self._changed.set()

@@ -22,6 +22,7 @@ from scheduler.mqtt.egress import Egress
 from scheduler.mqtt.watch import BrokerWatch
 from scheduler.outlook import Outlook
 from scheduler.text import Text
+from scheduler.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ class Ingress:
         delivery: Delivery,
         watch: BrokerWatch,
         metrics: Metrics,
+        turns: Turns,
     ) -> None:
         self._transport = transport
         self._reader = reader
@@ -169,6 +171,7 @@ class Ingress:
         self._delivery = delivery
         self._watch = watch
         self._metrics = metrics
+        self.turns = turns
         self.accepting = False
         self.draining = False
 
@@ -179,7 +182,7 @@ class Ingress:
             self._metrics.redeliveries.inc(sum(incoming.duplicate for incoming in batch))
             await self._delivery.room()
             contents = await asyncio.to_thread(self._read_all, batch)
-            held = await self._take(contents)
+            held = await self._take_in_turn(batch, contents)
             for index, incoming in enumerate(batch):
                 if index not in held:
                     self._transport.acknowledge(incoming)
@@ -192,9 +195,40 @@ class Ingress:
     def _read_all(self, batch: list[Incoming]) -> list[Content]:
         return [self._reader.read(incoming) for incoming in batch]
 
-    async def _take(self, contents: list[Content]) -> set[int]:
-        """Do what the messages ask for; returns the numbers of those that are not to be acknowledged."""
-        entries = {index: content for index, content in enumerate(contents) if isinstance(content, Entry)}
+    async def _take_in_turn(self, batch: list[Incoming], contents: list[Content]) -> set[int]:
+        """Do what the messages ask for, each when its time has come; returns the numbers of those not to be acknowledged."""
+        waiting = self._when(batch, contents)
+        held: set[int] = set()
+        late: list[tuple[Entry, RequestError]] = []
+        while waiting:
+            await _sleep_until(min(waiting.values()))
+            now = time.monotonic()
+            due = {index: contents[index] for index, at in waiting.items() if at <= now}
+            waiting = {index: at for index, at in waiting.items() if index not in due}
+            for index, entry, error in await self._take(due):
+                if error is None:
+                    held.add(index)
+                else:
+                    late.append((entry, error))
+        if late:
+            await _sleep_until(_after(batch[-1], self.turns.over_after_s))
+            await self._refuse(late)
+        return held
+
+    def _when(self, batch: list[Incoming], contents: list[Content]) -> dict[int, float]:
+        """From when on each message is to be looked at; what isn't a request may be about one that came before it."""
+        whens: dict[int, float] = {}
+        latest = 0.0
+        for index, (incoming, content) in enumerate(zip(batch, contents, strict=True)):
+            when = _after(incoming, self.turns.pause_s(content)) if isinstance(content, Entry) else latest
+            latest = max(latest, when)
+            whens[index] = when
+        return whens
+
+    async def _take(self, contents: dict[int, Content]) -> list[tuple[int, Entry, RequestError | None]]:
+        """Do what these messages ask for; returns the requests that nobody knows and that may not be taken up here, with the
+        reason, or None for those that are to be held because we are draining."""
+        entries = {index: content for index, content in contents.items() if isinstance(content, Entry)}
         refused = self._refused(entries)
         admitted = [index for index in entries if index not in refused]
         taken = dict(zip(admitted, await self._journal.accept([entries[index] for index in admitted]), strict=True))
@@ -202,28 +236,33 @@ class Ingress:
         if refused:
             known = await self._journal.find([entries[index].id for index in refused])
             taken.update(zip(refused, known, strict=True))
-        held: set[int] = set()
-        for index, content in enumerate(contents):
+        for index, content in contents.items():
             if not isinstance(content, Entry):
-                self._act(content)
+                await self._act(content)
             elif (earlier := taken[index]) is not None:
                 await self._repeated(content, earlier)
-                if index not in refused:
+                if index in refused:
+                    del refused[index]
+                else:
                     self._admission.undo(content)
             elif index not in refused:
                 self._egress.begin(content)
-            elif (error := refused[index]) is not None:
-                self._egress.refuse(content.listeners[0], content.request_id, error.body)
-            else:
-                held.add(index)
-        return held
+        return [(index, entries[index], error) for index, error in refused.items()]
 
-    def _act(self, content: Cancel | Refusal | News | None) -> None:
+    async def _refuse(self, late: list[tuple[Entry, RequestError]]) -> None:
+        """Every replica has had its turn: what none of them took up is refused by one."""
+        known = await self._journal.find([entry.id for entry, _ in late])
+        for (entry, error), taken in zip(late, known, strict=True):
+            if taken is None and self.turns.speaks:
+                self._egress.refuse(entry.listeners[0], entry.request_id, error.body)
+
+    async def _act(self, content: Cancel | Refusal | News | None) -> None:
         match content:
             case Refusal():
-                self._egress.refuse(content.listener, content.request_id, content.error.body)
+                if self.turns.speaks:
+                    self._egress.refuse(content.listener, content.request_id, content.error.body)
             case Cancel():
-                self._cancel(content)
+                await self._cancel(content)
             case News():
                 self._watch.take(content.incoming)
             case None:
@@ -248,6 +287,8 @@ class Ingress:
     async def _repeated(self, entry: Entry, taken: Taken) -> None:
         """An id that is known already: join or replay, if the request is the same one."""
         listener = entry.listeners[0]
+        if not taken.ours:
+            return  # whose it is has heard this too
         if taken.digest != digest(entry.model, entry.request):
             error = BadRequest("request_id", "was given to another request", "id_conflict")
             self._egress.refuse(listener, entry.request_id, error.body)
@@ -255,23 +296,37 @@ class Ingress:
         self._metrics.duplicates.inc()
         if entry.id in self._egress:
             await self._egress.join(entry.id, listener)
-        else:
-            self._delivery.send(listener, taken.reply or await self._reply_of(entry))
+        elif (reply := taken.reply or await self._reply_of(entry)) is not None:
+            self._delivery.send(listener, reply)
 
-    async def _reply_of(self, entry: Entry) -> bytes | Failed:
-        """The terminal message of a request that ended while we looked."""
+    async def _reply_of(self, entry: Entry) -> bytes | Failed | None:
+        """The terminal message of a request that ended while we looked; None while it is only about to be taken over."""
         (taken,) = await self._journal.find([entry.id])
-        if taken is not None and taken.reply is not None:
+        if taken is not None:
             return taken.reply
         return Failed(entry.request_id, ServiceError("unavailable", "the result is gone; send the request again").body)
 
-    def _cancel(self, cancel: Cancel) -> None:
+    async def _cancel(self, cancel: Cancel) -> None:
         if self._egress.cancel(cancel.id) or cancel.listener is None:
+            return
+        (taken,) = await self._journal.find([cancel.id])
+        if not (self.turns.speaks if taken is None else taken.ours):
             return
         # A cancel that comes too late is no error, so only who asked for an answer gets one.
         request_id = cancel.id.partition("/")[2]
         error = BadRequest("request_id", f"{request_id} is not running", "not_found")
         self._egress.refuse(cancel.listener, request_id, error.body)
+
+
+def _after(incoming: Incoming, pause_s: float) -> float:
+    """When a message came so long ago, on the monotonic clock; never later than if it had come now."""
+    age_s = time.time() - incoming.received_at
+    return time.monotonic() + pause_s - max(age_s, 0.0)
+
+
+async def _sleep_until(at: float) -> None:
+    if (left_s := at - time.monotonic()) > 0:
+        await asyncio.sleep(left_s)
 
 
 def _expires_at(request: Request, incoming: Incoming, accepted_at: float) -> float | None:

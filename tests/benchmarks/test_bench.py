@@ -174,3 +174,13 @@ def test_scrape_counts_every_series():
     assert 300 < figures["series"] < 3000
     assert figures["bytes"] > 10 * figures["series"]
     assert figures["scrape_s"] <= figures["longest_scrape_s"]
+
+
+def test_replicas_serve_together_with_workers_that_sleep(served):
+    times = ("--warm-s", "1", "--seconds", "2", "--rounds", "1")
+    figures = bench("replicas", "--model", served, "--step-ms", "100", "--output-tokens", "16", *times)
+    assert figures["one_tokens_per_s"] > 0
+    assert figures["two_tokens_per_s"] > 0
+    assert len(figures["shares"]) == 2
+    assert sum(figures["shares"]) == pytest.approx(1)
+    assert min(figures["shares"]) > 0, "both had their part"

@@ -42,10 +42,23 @@ def totals(page: str) -> dict[str, float]:
 
 
 class ServiceProcess:
-    """``tokenbus serve`` on a tiny model. What it logs is in ``log``; ``config`` may hold more settings."""
+    """``tokenbus serve`` on a tiny model. What it logs is in ``log``; ``config`` may hold more settings.
 
-    def __init__(self, folder: Path, model: Path, broker_url: str, *, fault: str | None = None, **settings: object):
+    ``module`` is run with the arguments of ``tokenbus``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        broker_url: str,
+        *,
+        fault: str | None = None,
+        module: str = "scheduler.cli",
+        **settings: object,
+    ):
         self.folder = folder
+        self.module = module
         self.log = folder / "service.log"
         self.journal = folder / "journal.sqlite3"
         self.config = folder / "tokenbus.toml"
@@ -80,7 +93,7 @@ class ServiceProcess:
         arguments = [f"--config={self.config}", *(f"--set={name}={value}" for name, value in self._settings.items())]
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "scheduler.cli", "serve", *arguments, stderr=log, env=self._environment
+                sys.executable, "-m", self.module, "serve", *arguments, stderr=log, env=self._environment
             )
         if wait:
             await self.until_ready()

@@ -8,9 +8,13 @@ import msgspec
 
 from protocol.request import Request
 from scheduler.journal.entry import Entry, Listener, digest
+from scheduler.journal.postgres import PostgresJournal
 from scheduler.journal.sqlite import SqliteJournal
 
 ROOT = Path(__file__).parents[2]
+
+#: A file, or the URL of a database.
+Place = Path | str
 
 
 def entry(id: str, prompt: str = "Hello", **given) -> Entry:
@@ -34,8 +38,10 @@ def mark(prompt: str = "Hello") -> bytes:
     return digest("tiny", entry("any/any", prompt).request)
 
 
-def opened(path: Path, **given) -> SqliteJournal:
-    return SqliteJournal(path, **{"retention_s": 3600, "max_bytes": 2**30, **given})
+def opened(place: Place, **given) -> SqliteJournal | PostgresJournal:
+    if isinstance(place, Path):
+        return SqliteJournal(place, **{"retention_s": 3600, "max_bytes": 2**30, **given})
+    return PostgresJournal(place, **{"replica": "main", "lease_s": 60.0, "retention_s": 3600, **given})
 
 
 async def finish(journal, *ids: str, reply: bytes = b"reply") -> None:
@@ -45,9 +51,17 @@ async def finish(journal, *ids: str, reply: bytes = b"reply") -> None:
         await ending
 
 
-async def left_by(path: Path) -> list[Entry]:
+async def die(journal: PostgresJournal) -> None:
+    """Leave it as a process that is killed does: without a farewell."""
+    for task in journal._tasks:
+        task.cancel()
+    await journal._connection.close()
+    await journal.__aexit__()
+
+
+async def left_by(place: Place) -> list[Entry]:
     """What whoever opens it next has to take up."""
-    async with opened(path) as journal:
+    async with opened(place) as journal:
         return list(journal.unfinished())
 
 
@@ -57,7 +71,8 @@ from pathlib import Path
 from tests.scheduler.journals import entry, finish, opened
 
 async def main():
-    async with opened(Path(sys.argv[1])) as journal:
+    place = sys.argv[1]
+    async with opened(place if "://" in place else Path(place)) as journal:
         await journal.accept([entry("alice/" + name) for name in ("new", "begun", "ended", "delivered")])
         await journal.progress([("alice/begun", 0, [5, 6])])
         await finish(journal, "alice/delivered")

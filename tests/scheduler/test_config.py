@@ -152,3 +152,20 @@ def test_a_reload_takes_tenants_and_limits_and_names_what_else_differs():
     reloaded = old.reloaded(new)
     assert (reloaded.limits, reloaded.engine) == (new.limits, old.engine)
     assert reloaded.differences(new) == ["engine.max_running", "journal.path"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"url": "postgresql://db/tokenbus", "path": "off"}, "only one of them"),
+        ({"url": "sqlite:///file"}, "must look like postgresql://"),
+        ({"url": "postgresql://[db/tokenbus"}, "must look like postgresql://"),
+        ({"url": "postgresql://svc:hunter2@db/tokenbus"}, "must hold no password"),
+        ({"url": "postgresql://svc@db/tokenbus?password=hunter2"}, "must hold no password"),
+        ({"url": "postgresql://db/tokenbus", "lease_s": "0"}, "lease_s"),
+    ],
+)
+def test_a_shared_journal_that_can_not_be_is_refused_and_no_password_told(settings, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(flags={f"journal.{name}": value for name, value in settings.items()})
+    assert "hunter2" not in str(caught.value)

@@ -1,16 +1,18 @@
-"""Random histories of a journal against a dict."""
+"""Random histories of each durable journal against a dict."""
 
 import asyncio
 import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from scheduler.journal.entry import Entry, Listener, Taken, digest
-from tests.scheduler.journals import entry, opened, without_body
+from tests.databases import emptied
+from tests.scheduler.journals import Place, die, entry, opened, without_body
 
 # Any history
 
@@ -23,15 +25,22 @@ class Histories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
-        self.path = self.folder / "0"
         self.runner = asyncio.Runner()
         self.model: dict[str, Entry] = {}
         self.delivered: set[str] = set()
+        self.place = self.empty()
         self.open()
 
+    def empty(self) -> Place:
+        """A place for a journal, without one."""
+        raise NotImplementedError
+
+    def die(self) -> None:
+        """Leave the journal as a killed process does."""
+        raise NotImplementedError
+
     def open(self) -> None:
-        self.journal = self.run(opened(self.path).__aenter__())
+        self.journal = self.run(opened(self.place).__aenter__())
 
     def run(self, work):
         async def awaited():
@@ -98,13 +107,10 @@ class Histories(RuleBasedStateMachine):
 
     @rule(dies=st.booleans())
     def reopen(self, dies):
-        if dies:  # what a killed process leaves behind is what lies there now
-            left = self.folder / str(int(self.path.name) + 1)
-            for end in ("", "-wal"):
-                shutil.copy(f"{self.path}{end}", f"{left}{end}")
-        self.run(self.journal.__aexit__())
         if dies:
-            self.path = left
+            self.die()
+        else:
+            self.run(self.journal.__aexit__())
         self.open()
         left_over = [one for id, one in self.model.items() if id not in self.delivered]
         for one in left_over:
@@ -120,8 +126,47 @@ class Histories(RuleBasedStateMachine):
     def teardown(self):
         self.run(self.journal.__aexit__())
         self.runner.close()
+
+
+class OnDisk(Histories):
+    def empty(self) -> Path:
+        self.folder = Path(tempfile.mkdtemp())
+        return self.folder / "0"
+
+    def die(self) -> None:
+        left = self.folder / str(int(self.place.name) + 1)  # what lies there now is what a killed process leaves behind
+        for end in ("", "-wal"):
+            shutil.copy(f"{self.place}{end}", f"{left}{end}")
+        self.run(self.journal.__aexit__())
+        self.place = left
+
+    def teardown(self):
+        super().teardown()
         shutil.rmtree(self.folder)
 
 
-Histories.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
-TestHistories = Histories.TestCase
+class InDatabase(Histories):
+    url = ""
+
+    def empty(self) -> str:
+        return emptied(self.url)
+
+    def die(self) -> None:
+        self.run(die(self.journal))
+
+
+#: Of any journal.
+FEW = settings(max_examples=25, stateful_step_count=25, deadline=None)
+OnDisk.TestCase.settings = FEW
+InDatabase.TestCase.settings = FEW
+TestOnDisk = OnDisk.TestCase
+
+
+@pytest.fixture(scope="class")
+def url(postgres):
+    InDatabase.url = postgres
+
+
+@pytest.mark.usefixtures("url")
+class TestInDatabase(InDatabase.TestCase):
+    pass

@@ -59,6 +59,16 @@ def test_what_is_public_is_found_by_all_in_whole_blocks():
     assert serve(batcher, "b/2", LONG) == 4, "what follows the public part is the tenant's own"
 
 
+def test_what_a_sequence_would_be_spared_is_told_before_it_is_here():
+    batcher = make(cache=True, budget=64)
+    batcher.pool.share(LONG[:6])
+    serve(batcher, "a/1", LONG)
+    for id, prompt in (("a/2", LONG), ("a/3", [*LONG[:9], 1, 2]), ("b/1", LONG), ("a/4", [1, 2, 3, 4, 5])):
+        told = batcher.pool.cached_len(sequence(id, prompt, 1))
+        assert serve(batcher, id, prompt) == len(prompt) - told
+    assert make(budget=64).pool.cached_len(sequence("a/1", LONG, 1)) == 0
+
+
 def test_without_the_cache_nothing_is_found():
     batcher = make(budget=64)
     assert [serve(batcher, f"a/{number}", LONG) for number in range(2)] == [20, 20]

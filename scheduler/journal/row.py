@@ -1,0 +1,53 @@
+"""How an entry lies in a database: what only its running needs is one value, gone when it ends."""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from protocol.request import Request
+from scheduler.journal.entry import Entry, Listener
+
+encode = msgspec.msgpack.encode
+_decode_listeners = msgspec.msgpack.Decoder(list[Listener]).decode
+_decode_tokens = msgspec.msgpack.Decoder(list[int]).decode
+
+
+class _Body(msgspec.Struct, frozen=True, array_like=True):
+    """What only the running of a request needs."""
+
+    model: str
+    request: Request
+    prompt: list[int]
+    seed: int
+    expires_at: float | None = None  # not in files of the first release
+
+
+_decode_body = msgspec.msgpack.Decoder(_Body).decode
+
+
+def body_of(entry: Entry) -> bytes:
+    return encode(_Body(entry.model, entry.request, entry.prompt, entry.seed, entry.expires_at))
+
+
+def load(row: tuple[str, float, int, int, bytes, bytes | None, bytes | None], records: Iterable[bytes]) -> Entry:
+    """An entry from its row ``(id, accepted_at, attempt, trials, listeners, body, reply)`` and its pieces in order.
+
+    Raises MsgspecError or UnicodeDecodeError for what we can't have written.
+    """
+    id, accepted_at, attempt, trials, listeners, body, reply = row
+    # A request that has ended is only to be told so: its body is gone.
+    parts = _decode_body(body) if body is not None else _Body("", Request(), [], 0)
+    return Entry(
+        id=id,
+        model=parts.model,
+        request=parts.request,
+        prompt=parts.prompt,
+        seed=parts.seed,
+        accepted_at=accepted_at,
+        listeners=_decode_listeners(listeners),
+        expires_at=parts.expires_at,
+        attempt=attempt,
+        trials=trials,
+        records=[_decode_tokens(tokens) for tokens in records],
+        reply=reply,
+    )
