@@ -2,12 +2,13 @@
 
 from types import SimpleNamespace
 
+from protocol.plan import Work
 from protocol.request import Request
 from scheduler.console.activity import Activity
 from scheduler.core.batcher import Batcher
 from scheduler.journal.entry import Entry
 from scheduler.loop import StepReport
-from tests.scheduler.core.drive import TOKEN, sequence
+from tests.scheduler.core.drive import sequence, step
 
 
 class Bench:
@@ -27,22 +28,21 @@ class Bench:
 
     def step(self) -> None:
         """One second passes with it; who ends by it is told of."""
-        plan = self.batcher.plan()
-        rows = tuple(self.batcher.row_ids(plan))
-        decodes = sum(1 for row in plan.rows if not row.tokens)
-        events = self.batcher.apply(plan.step, [TOKEN for row in plan.rows if row.sample])
+        lengths, events = step(self.batcher)
+        rows, tokens = tuple(lengths), sum(lengths.values())
+        decodes = sum(1 for length in lengths.values() if length == 1)
         self.now += 1.0
         counters = self.batcher.counters
         report = StepReport(
-            step=plan.step,
+            step=0,
             at=self.now,
             seconds=1.0,
             gap_s=0.0,
             waited_s=0.0,
             rows=rows,
-            prefill_tokens=sum(row.length for row in plan.rows) - decodes,
+            prefill_tokens=tokens - decodes,
             decode_tokens=decodes,
-            work=plan.work(),
+            work=Work(len(rows), tokens, tokens, tokens),
             running=len(self.batcher.running),
             waiting=self.batcher.num_waiting,
             kv_usage=0.0,
