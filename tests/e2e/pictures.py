@@ -22,7 +22,7 @@ async def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config = Config(
             # So few blocks that there are preemptions to be seen.
-            engine=EngineConfig(max_running=16, max_batch_tokens=64, num_blocks=80),
+            engine=EngineConfig(max_running=16, max_batch_tokens=64, num_blocks=64),
             broker=BrokerConfig(data_dir=scratch),
             metrics=MetricsConfig(port=0),
             tenants={"bob": TenantConfig(weight=2.0)},
@@ -30,7 +30,7 @@ async def main() -> None:
         async with (
             service.running(config) as running,
             chromium() as browser,
-            busy(running.broker_url, "alice", "bob", "carol", requests=6, max_tokens=64),
+            busy(running.broker_url, "alice", "bob", "carol", requests=5, max_tokens=48),
         ):
             url = running.console_url
             assert url is not None
@@ -48,8 +48,9 @@ async def picture(browser: Browser, url: str, name: str, *, scheme: str, width: 
         await page.goto(url)
         await asyncio.sleep(_WARM_UP_S)
         await page.get_by_label("Prompt").fill(PROMPT)
+        await page.get_by_label("Tokens at most").fill("48")
         await page.get_by_role("button", name="Send").click()
-        await expect(page.locator("#answer-note")).to_contain_text("generated", timeout=120_000)
+        await expect(page.locator("#answer-note")).to_contain_text("generated", timeout=300_000)
         await expect(page.locator("#own-requests .standing")).to_have_text(re.compile("stop|length"))
         await page.evaluate("scrollTo(0, 0)")
         await page.screenshot(path=DOCS / name)

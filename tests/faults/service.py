@@ -21,7 +21,7 @@ from protocol.transport import BrokerAddress, Transport
 
 INJECT = Path(__file__).parent / "inject"
 POISON = 96
-_UP_S = 60.0
+_UP_S = 120.0
 
 
 def free_port() -> int:

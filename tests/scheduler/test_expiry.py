@@ -13,6 +13,7 @@ from protocol.transport import Incoming
 from scheduler.journal.entry import Entry
 from scheduler.mqtt.ingress import Ingress, Reader, Refusal
 from scheduler.mqtt.watch import BrokerWatch
+from scheduler.turns import Turns
 from tests.scheduler.test_generation import INFO
 from tests.scheduler.test_recovery import Process, entry, unfinished
 
@@ -71,7 +72,8 @@ async def take(process: Process, *messages: Incoming) -> list[Incoming]:
     transport = SimpleNamespace(batches=batches, acknowledge=acknowledged.append)
     watch = BrokerWatch(Counter("any", "any", registry=None))
     parts = (process.journal, process.admission, process.outlook, process.egress, process.delivery)
-    await Ingress(transport, READER, *parts, watch, process.metrics).run()
+    alone = Turns(0, lambda: 0.0, lambda _: 0.0)
+    await Ingress(transport, READER, *parts, watch, process.metrics, alone).run()
     return acknowledged
 
 
