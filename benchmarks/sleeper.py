@@ -26,7 +26,7 @@ def main() -> None:
                 _write(plan.Pong())
             case plan.StepPlan() as step:
                 time.sleep(step_s)
-                tokens = [_TOKEN for row in step.rows if row.sample]
+                tokens = [_TOKEN] * step.num_sampled
                 _write(plan.StepResult(step.step, tokens, step_s))
 
 

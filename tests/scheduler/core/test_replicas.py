@@ -35,7 +35,7 @@ class Replica:
                 length = 3 + 11 * self.asked % 30
                 self.batcher.submit(Sequence(f"{tenant}/{self.asked}", prompt, max_tokens=length, tenant=tenant))
         plan = self.batcher.plan()
-        self.batcher.apply(plan.step, [9] * sum(row.sample for row in plan.rows))
+        self.batcher.apply(plan.step, [9] * plan.num_sampled)
 
     def served(self, tenant: str) -> float:
         return self.batcher.queue.served(tenant)
