@@ -20,4 +20,4 @@ pip() { "$prefix/bin/python" -m pip --no-cache-dir --disable-pip-version-check "
 if [ "$device" = cpu ]; then
     pip install --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
 fi
-pip install --constraint constraints.txt .
+pip install --constraint constraints.txt '.[tracing]'

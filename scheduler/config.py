@@ -4,6 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -149,6 +150,14 @@ class MetricsConfig(Section, frozen=True):
     key_file: str | None = None
 
 
+class TracingConfig(Section, frozen=True):
+    """Where the spans of each request are sent, for instance ``http://localhost:4318/v1/traces`` (OTLP over HTTP); absent: none
+    are made. Needs ``tokenbus[tracing]``.
+    """
+
+    endpoint: str | None = None
+
+
 class Config(Section, frozen=True):
     """Everything that can be set, by section."""
 
@@ -159,6 +168,7 @@ class Config(Section, frozen=True):
     limits: LimitsConfig = LimitsConfig()
     service: ServiceConfig = ServiceConfig()
     metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
     tenants: dict[str, TenantConfig] = {}
 
     def quota(self, tenant: str) -> Quota:
@@ -259,10 +269,24 @@ def _check(config: Config) -> None:
         if not topics.is_name(name):
             raise ConfigError(f"{field}: must be {topics.NAME_RULE}")
     _check_broker(config.broker)
+    _check_tracing(config.tracing)
     if config.engine.max_batch_tokens < config.engine.max_running:
         raise ConfigError("engine.max_batch_tokens: must be at least engine.max_running, so that no decode is left out")
     if (config.metrics.cert_file is None) != (config.metrics.key_file is None):
         raise ConfigError("metrics.cert_file, metrics.key_file: must be given together or not at all")
+
+
+def _check_tracing(tracing: TracingConfig) -> None:
+    if tracing.endpoint is None:
+        return
+    try:
+        url = urlsplit(tracing.endpoint)
+    except ValueError as error:
+        raise ConfigError(f"tracing.endpoint: {error}") from None
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ConfigError("tracing.endpoint: must look like http://localhost:4318/v1/traces")
+    if "@" in url.netloc:
+        raise ConfigError("tracing.endpoint: must hold no credentials; OTEL_EXPORTER_OTLP_HEADERS may")
 
 
 def _check_broker(broker: BrokerConfig) -> None:

@@ -17,6 +17,7 @@ from scheduler.metrics import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.outlook import Outlook
 from scheduler.text import Text
+from scheduler.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Egress:
         admission: Admission,
         outlook: Outlook,
         metrics: Metrics,
+        tracing: Tracing,
         flush_s: float,
     ) -> None:
         self._delivery = delivery
@@ -45,6 +47,7 @@ class Egress:
         self._admission = admission
         self._outlook = outlook
         self._metrics = metrics
+        self._tracing = tracing
         self._flush_s = flush_s
         self._deadlines = Deadlines()
         self._generations: dict[str, Generation] = {}
@@ -256,5 +259,6 @@ class Egress:
                 "total_s": round(timings.total_s, 4),
             },
         )
-        self._delivery.finish(entry, reply, last)
+        delivered = self._delivery.finish(entry, reply, last)
+        self._tracing.ended(generation, reply, delivered)
         self._changed.set()

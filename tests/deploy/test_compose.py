@@ -124,8 +124,12 @@ def test_secrets_are_kept_from_others_and_are_never_made_anew(deploy):
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
 def test_prometheus_accepts_its_configuration_and_watches_the_service(services, tmp_path):
     files = {mount["target"]: mount["source"] for mount in services["prometheus"]["volumes"]}
-    config = tmp_path / "prometheus.yaml"
-    text = Path(files["/etc/prometheus/prometheus.yml"]).read_text()
-    config.write_text(text.replace("/etc/prometheus/rules", files["/etc/prometheus/rules"]))
-    run(["promtool", "check", "config", str(config)])
+    folder = tmp_path / "prometheus"
+    shutil.copytree(files["/etc/prometheus/rules"], folder / "rules")
+    shutil.copy(files["/etc/prometheus/prometheus.yml"], folder / "prometheus.yml")
+    command = ["promtool", "check", "config", folder / "prometheus.yml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "rules/alerts.yaml" in done.stdout
+    text = (folder / "prometheus.yml").read_text()
     assert f"tokenbus:{load().metrics.port}" in text

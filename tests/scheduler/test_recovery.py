@@ -24,6 +24,7 @@ from scheduler.mqtt.egress import Egress
 from scheduler.outlook import Outlook
 from scheduler.quotas import Quota
 from scheduler.recovery import Recovery
+from scheduler.tracing import NoTracing
 from tests.leads import Never
 from tests.scheduler.test_generation import INFO
 from tests.scheduler.test_text import byte_tokenizer
@@ -138,7 +139,7 @@ class Process:
         text = SimpleNamespace(backend=TOKENIZER)
         self.outlook = Outlook(8, lambda _: 1.0)
         self.egress = Egress(
-            self.delivery, self.journal, self.engine, text, self.admission, self.outlook, Metrics(), 0.001
+            self.delivery, self.journal, self.engine, text, self.admission, self.outlook, Metrics(), NoTracing(), 0.001
         )
         parts = (self.journal, self.engine, self.admission, self.delivery, self.egress)
         loops = (self.engine.run(), self.egress.run(), self.egress.flush_regularly(), self.egress.expire_overdue())
