@@ -18,6 +18,6 @@ python3 -m venv "$prefix"
 pip() { "$prefix/bin/python" -m pip --no-cache-dir --disable-pip-version-check "$@"; }
 
 if [ "$device" = cpu ]; then
-    pip install --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+    pip install --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu --no-deps torch
 fi
 pip install --constraint constraints.txt '.[tracing]'

@@ -20,6 +20,10 @@ class Listener(msgspec.Struct, frozen=True, array_like=True):
     correlation: bytes | None = None
     traceparent: str | None = None  # not in files of the first release
 
+    def hears_with(self, other: "Listener") -> bool:
+        """Whether one answer reaches both: a request may be sent again in another span."""
+        return (self.topic, self.correlation) == (other.topic, other.correlation)
+
 
 class Entry(msgspec.Struct, kw_only=True):
     """``id`` is ``tenant/request_id``. ``accepted_at`` and ``expires_at`` are in Unix seconds; None: never.

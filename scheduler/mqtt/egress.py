@@ -99,7 +99,7 @@ class Egress:
         if generation.streams:
             for number in range(generation.published):
                 self._delivery.publish_chunk([listener], generation.chunk(number))
-        if listener not in entry.listeners:
+        if not any(listener.hears_with(other) for other in entry.listeners):
             entry.listeners = [*entry.listeners, listener][-_MOST_LISTENERS:]
         return self._journal.listen(id, entry.listeners)
 

@@ -19,6 +19,7 @@ from scheduler.journal.entry import Entry, Listener
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.tracing import NoTracing, tracing
 from tests.collector import PHASES, Collector, attributes
+from tests.scheduler.test_recovery import Process, entry, leave
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 SECRET = "nobody else may read this"
@@ -156,6 +157,17 @@ async def test_the_journal_keeps_the_senders_span(tmp_path):
     async with SqliteJournal(tmp_path / "journal", retention_s=60, max_bytes=1 << 20) as journal:
         (found,) = journal.unfinished()
     assert found.listeners == entry.listeners
+
+
+async def test_the_same_request_from_another_span_is_answered_once(tmp_path):
+    one = entry("a")
+    await leave(tmp_path / "journal", one)
+    async with Process(tmp_path / "journal", fatal="a") as process:
+        await process.worker.reached.wait()
+        await process.egress.join(one.id, Listener(one.listeners[0].topic, None, TRACEPARENT))
+        process.worker.release.set()
+        await process.settle()
+        assert len(process.broker.terminal("a")) == 1
 
 
 def test_journals_from_before_are_read():
