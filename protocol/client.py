@@ -26,6 +26,7 @@ from protocol.replies import (
     decode_status,
 )
 from protocol.request import Request, encode_request
+from protocol.trace import check_traceparent
 from protocol.transport import NO_SUBSCRIBER, BrokerAddress, Incoming, Transport, TransportError, delays
 
 logger = logging.getLogger(__name__)
@@ -111,8 +112,15 @@ class Client:
         finally:
             await self._transport.__aexit__()
 
-    def stream(self, request: Request, *, model: str, request_id: str | None = None) -> "Stream":
-        """A generation, sent when it is iterated. Raises TopicError for a name outside the grammar."""
+    def stream(
+        self, request: Request, *, model: str, request_id: str | None = None, traceparent: str | None = None
+    ) -> "Stream":
+        """A generation, sent when it is iterated. Raises TopicError for a name outside the grammar.
+
+        ``traceparent``: the caller's span, which the service's become children of; ValueError when it is malformed.
+        """
+        if traceparent is not None:
+            check_traceparent(traceparent)
         request_id = uuid.uuid4().hex if request_id is None else request_id
         return Stream(
             self._exchange,
@@ -122,11 +130,14 @@ class Client:
             request_topic=topics.request(self.tenant, model, request_id),
             response_topic=topics.out(self.tenant, f"{self._id}/{request_id}"),
             cancel_topic=topics.cancel(self.tenant, request_id),
+            traceparent=traceparent,
         )
 
-    async def complete(self, request: Request, *, model: str, request_id: str | None = None) -> Result:
+    async def complete(
+        self, request: Request, *, model: str, request_id: str | None = None, traceparent: str | None = None
+    ) -> Result:
         """The whole answer. Raises what iterating a stream raises."""
-        stream = self.stream(request, model=model, request_id=request_id)
+        stream = self.stream(request, model=model, request_id=request_id, traceparent=traceparent)
         async for _ in stream:
             pass
         return stream.result
@@ -158,6 +169,7 @@ class Stream:
         request_topic: str,
         response_topic: str,
         cancel_topic: str,
+        traceparent: str | None,
     ) -> None:
         self.request_id = request_id
         self.response_topic = response_topic
@@ -166,6 +178,7 @@ class Stream:
         self._lifetime_s = lifetime_s
         self._request_topic = request_topic
         self._cancel_topic = cancel_topic
+        self._traceparent = traceparent
         self._inbox: asyncio.Queue[Reply | Exception] = asyncio.Queue()
         self._accepted = asyncio.Event()
         self._ended = False
@@ -250,6 +263,7 @@ class Stream:
                         self._payload,
                         response_topic=self.response_topic,
                         expiry_s=self._expiry_s(begun),
+                        traceparent=self._traceparent,
                     )
                     heard = code != NO_SUBSCRIBER
                     if await _happens(self._accepted, within_s=pause):

@@ -22,6 +22,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from protocol.address import BrokerAddress, tls_context
+from protocol.trace import TRACEPARENT, find_traceparent
 from protocol.transport_errors import BrokerUnreachable, ConnectionRefused, PayloadTooLarge, TransportError
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     response_topic: str | None = None
     correlation: bytes | None = None
     expiry_s: int | None = None
+    traceparent: str | None = None
 
 
 class Incoming(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +101,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True):
     retained: bool
     mid: int
     epoch: int
+    traceparent: str | None = None
 
 
 class Reason(msgspec.Struct, frozen=True):
@@ -291,6 +294,7 @@ class Link(aiomqtt.Client):
                 retained=bool(message.retain),
                 mid=message.mid,
                 epoch=self.epoch,
+                traceparent=find_traceparent(getattr(message.properties, "UserProperty", ())),
             )
         )
 
@@ -345,10 +349,11 @@ def _publish_properties(message: Outgoing) -> Properties | None:
         ResponseTopic=message.response_topic,
         CorrelationData=message.correlation,
         MessageExpiryInterval=message.expiry_s,
+        UserProperty=None if message.traceparent is None else (TRACEPARENT, message.traceparent),
     )
 
 
-def _properties(packet: int, **values: str | bytes | int | None) -> Properties | None:
+def _properties(packet: int, **values: str | bytes | int | tuple[str, str] | None) -> Properties | None:
     """MQTT 5 properties by their names there, those that aren't None; None when nothing is left."""
     given = {name: value for name, value in values.items() if value is not None}
     if not given:

@@ -181,6 +181,7 @@ class Transport:
         response_topic: str | None = None,
         correlation: bytes | None = None,
         expiry_s: int | None = None,
+        traceparent: str | None = None,
     ) -> int:
         """Publish at QoS 1 and wait for the PUBACK, across reconnects; returns its reason code (16: no subscriber).
 
@@ -196,6 +197,7 @@ class Transport:
             response_topic=response_topic,
             correlation=correlation,
             expiry_s=expiry_s,
+            traceparent=traceparent,
         )
         self._link.check(message)
         answer: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()

@@ -183,6 +183,14 @@ class ConsoleConfig(Section, frozen=True):
     broker_websocket_url: str | None = None
 
 
+class TracingConfig(Section, frozen=True):
+    """Where the spans of each request are sent, for instance ``http://localhost:4318/v1/traces`` (OTLP over HTTP); absent: none
+    are made. Needs ``tokenbus[tracing]``.
+    """
+
+    endpoint: str | None = None
+
+
 class Config(Section, frozen=True):
     """Everything that can be set, by section."""
 
@@ -194,6 +202,7 @@ class Config(Section, frozen=True):
     service: ServiceConfig = ServiceConfig()
     metrics: MetricsConfig = MetricsConfig()
     console: ConsoleConfig = ConsoleConfig()
+    tracing: TracingConfig = TracingConfig()
     tenants: dict[str, TenantConfig] = {}
 
     def quota(self, tenant: str) -> Quota:
@@ -306,6 +315,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"tenants: must be of at most {_MOST_TIERS} tiers, each of which has histograms of its own")
     _check_broker(config.broker)
     _check_journal(config.journal)
+    _check_tracing(config.tracing)
     if config.engine.max_batch_tokens < config.engine.max_running:
         raise ConfigError("engine.max_batch_tokens: must be at least engine.max_running, so that no decode is left out")
     if (config.metrics.cert_file is None) != (config.metrics.key_file is None):
@@ -315,6 +325,19 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "console.broker_websocket_url: must look like wss://host:8084/mqtt, without a user or password"
         )
+
+
+def _check_tracing(tracing: TracingConfig) -> None:
+    if tracing.endpoint is None:
+        return
+    try:
+        url = urlsplit(tracing.endpoint)
+    except ValueError as error:
+        raise ConfigError(f"tracing.endpoint: {error}") from None
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ConfigError("tracing.endpoint: must look like http://localhost:4318/v1/traces")
+    if "@" in url.netloc:
+        raise ConfigError("tracing.endpoint: must hold no credentials; OTEL_EXPORTER_OTLP_HEADERS may")
 
 
 def _check_broker(broker: BrokerConfig) -> None:

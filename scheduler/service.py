@@ -35,6 +35,7 @@ from scheduler.mqtt.watch import BrokerWatch
 from scheduler.outlook import Outlook
 from scheduler.recovery import Recovery
 from scheduler.text import Text, preload
+from scheduler.tracing import tracing
 from scheduler.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -190,6 +191,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     _share_prefixes(config.engine.shared_prefixes, text, engine)
     journal = await stack.enter_async_context(_journal(config, data_dir))
     transport = await stack.enter_async_context(_transport(config, data_dir, broker_url))
+    spans = await stack.enter_async_context(tracing(config.tracing, config.service.replica, engine.now))
     # Replies outlive the loops: should one of those fail for good, what has ended still reaches its tenant.
     tasks = await stack.enter_async_context(asyncio.TaskGroup())
     admission = Admission(_bounds(config), engine.now)
@@ -197,7 +199,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     outlook = Outlook(config.engine.max_running, engine.batcher.queue.weight)
     activity = Activity(engine, config.model.alias)
     flush_s = config.service.flush_ms / 1000
-    egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, activity, flush_s)
+    egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, activity, spans, flush_s)
     reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
     watch = BrokerWatch(metrics.broker_dropped)
     turns, load = _turns(journal, engine, egress, config.engine.max_running)

@@ -6,7 +6,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import pytest
 
-pytest_plugins = ["tests.brokers", "tests.databases"]
+pytest_plugins = ["tests.brokers", "tests.collector", "tests.databases"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,10 +14,15 @@ class JournalError(Exception):
 
 
 class Listener(msgspec.Struct, frozen=True, array_like=True):
-    """Where a request is answered, and the Correlation Data that its sender wants back."""
+    """Where a request is answered, the Correlation Data that its sender wants back, and the span it was sent in."""
 
     topic: str
     correlation: bytes | None = None
+    traceparent: str | None = None  # not in files of the first release
+
+    def hears_with(self, other: "Listener") -> bool:
+        """Whether one answer reaches both: a request may be sent again in another span."""
+        return (self.topic, self.correlation) == (other.topic, other.correlation)
 
 
 class Entry(msgspec.Struct, kw_only=True):

@@ -59,11 +59,11 @@ class Delivery:
         payload = reply if isinstance(reply, bytes) else replies.encode(reply)
         self._start(self._publish(listener, payload), name=f"publish to {listener.topic}")
 
-    def finish(self, entry: Entry, reply: Terminal, last: Chunk | None = None) -> None:
-        """Journal the terminal message, tell every listener, close the entry."""
+    def finish(self, entry: Entry, reply: Terminal, last: Chunk | None = None) -> asyncio.Task[None]:
+        """Journal the terminal message, tell every listener, close the entry: the task is done when the broker has it."""
         payload = replies.encode(reply)
         written = self._journal.end(entry.id, payload)  # queued now: whoever looks the id up from here on finds it
-        self._start(self._finish(entry, payload, written, last), name=f"finish {entry.id}")
+        return self._start(self._finish(entry, payload, written, last), name=f"finish {entry.id}")
 
     def resume(self, entry: Entry) -> None:
         """Tell every listener what an earlier process had journalled as the end, and close the entry."""
@@ -97,13 +97,14 @@ class Delivery:
             for task in late:
                 task.cancel()
 
-    def _start(self, work: Coroutine[None, None, None], *, name: str) -> None:
+    def _start(self, work: Coroutine[None, None, None], *, name: str) -> asyncio.Task[None]:
         task = self._tasks.create_task(work, name=name)
         self._pending.add(task)
         self._empty.clear()
         task.add_done_callback(self._done)
         if len(self._pending) >= _MOST_PENDING:
             self._room.clear()
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._pending.discard(task)

@@ -19,6 +19,7 @@ from scheduler.metrics.series import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.outlook import Outlook
 from scheduler.text import Text
+from scheduler.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Egress:
         outlook: Outlook,
         metrics: Metrics,
         activity: Activity,
+        tracing: Tracing,
         flush_s: float,
     ) -> None:
         self._delivery = delivery
@@ -51,6 +53,7 @@ class Egress:
         self._outlook = outlook
         self._metrics = metrics
         self._activity = activity
+        self._tracing = tracing
         self._flush_s = flush_s
         self._deadlines = Deadlines()
         self._generations: dict[str, Generation] = {}
@@ -111,7 +114,7 @@ class Egress:
         if generation.streams:
             for number in range(generation.published):
                 self._delivery.publish_chunk([listener], generation.chunk(number))
-        if listener not in entry.listeners:
+        if not any(listener.hears_with(other) for other in entry.listeners):
             entry.listeners = [*entry.listeners, listener][-_MOST_LISTENERS:]
         return self._journal.listen(id, entry.listeners)
 
@@ -277,7 +280,8 @@ class Egress:
 
     def _end(self, generation: Generation, reply: Terminal, outcome: str, last: Chunk | None = None) -> None:
         self._leave(generation, outcome)
-        self._delivery.finish(generation.entry, reply, last)
+        delivered = self._delivery.finish(generation.entry, reply, last)
+        self._tracing.ended(generation, reply, delivered)
 
     def _leave(self, generation: Generation, outcome: str) -> None:
         """It is held no longer."""

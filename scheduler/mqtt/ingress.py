@@ -348,5 +348,7 @@ def _listener(incoming: Incoming, name: str) -> Listener:
     if incoming.correlation is not None and len(incoming.correlation) > _MOST_CORRELATION_BYTES:
         raise BadRequest("correlation_data", f"must be at most {_MOST_CORRELATION_BYTES} bytes")
     if incoming.response_topic is None:
-        return Listener(topics.out(tenant, name), incoming.correlation)
-    return Listener(topics.own_response_topic(tenant, incoming.response_topic), incoming.correlation)
+        topic = topics.out(tenant, name)
+    else:
+        topic = topics.own_response_topic(tenant, incoming.response_topic)
+    return Listener(topic, incoming.correlation, incoming.traceparent)

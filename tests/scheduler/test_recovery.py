@@ -25,6 +25,7 @@ from scheduler.mqtt.egress import Egress
 from scheduler.outlook import Outlook
 from scheduler.quotas import Quota
 from scheduler.recovery import Recovery
+from scheduler.tracing import NoTracing
 from tests.leads import Never
 from tests.scheduler.test_generation import INFO
 from tests.scheduler.test_text import byte_tokenizer
@@ -149,6 +150,7 @@ class Process:
             self.outlook,
             self.metrics,
             Activity(self.engine, "tiny"),
+            NoTracing(),
             0.001,
         )
         parts = (self.journal, self.engine, self.admission, self.delivery, self.egress)
