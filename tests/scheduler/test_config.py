@@ -152,3 +152,19 @@ def test_a_reload_takes_tenants_and_limits_and_names_what_else_differs():
     reloaded = old.reloaded(new)
     assert (reloaded.limits, reloaded.engine) == (new.limits, old.engine)
     assert reloaded.differences(new) == ["engine.max_running", "journal.path"]
+
+
+def test_tiers_are_names_and_few(tmp_path):
+    def loaded(*tiers: str) -> dict[str, str]:
+        file = tmp_path / "tokenbus.toml"
+        file.write_text("".join(f'[tenants.t{number}]\ntier = "{tier}"\n' for number, tier in enumerate(tiers)))
+        return load(file).tiers()
+
+    assert loaded("gold", "gold", "silver") == {"t0": "gold", "t1": "gold", "t2": "silver"}
+    assert len(loaded(*"abcdefgh", *"abcdefgh")) == 16
+    with pytest.raises(ConfigError, match="at most 8 tiers"):
+        loaded(*"abcdefghi")
+    with pytest.raises(ConfigError, match=r"tenants\.t0\.tier: must be 1 to 64 characters"):
+        loaded("two words")
+    with pytest.raises(ConfigError, match=r"metrics\.tenants"):
+        load(flags={"metrics.tenants": "1001"})
