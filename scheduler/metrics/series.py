@@ -9,7 +9,7 @@ from protocol.errors import ErrorCode
 from scheduler.loop import StepReport
 from scheduler.metrics.labels import Labels
 
-# What vLLM, Triton and the OpenTelemetry GenAI conventions use: from a millisecond, about 2.5 apart.
+# From a millisecond, as vLLM's. An objective's limit must be among them (deploy/prometheus/rules.yaml).
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
 _LONG_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _SHORT_SECONDS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)

@@ -141,3 +141,4 @@ def test_the_rules_are_accepted() -> None:
     told = promtool("check", "rules", str(RULES), str(ALERTS))
     assert f"{len(rules(ALERTS))} rules found" in told
     assert f"{len(rules(RULES))} rules found" in told
+    assert "is valid prometheus config" in promtool("check", "config", str(RULES.with_name("prometheus.yaml")))

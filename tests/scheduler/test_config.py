@@ -169,3 +169,19 @@ def test_a_shared_journal_that_can_not_be_is_refused_and_no_password_told(settin
     with pytest.raises(ConfigError, match=message) as caught:
         load(flags={f"journal.{name}": value for name, value in settings.items()})
     assert "hunter2" not in str(caught.value)
+
+
+def test_tiers_are_names_and_few(tmp_path):
+    def loaded(*tiers: str) -> dict[str, str]:
+        file = tmp_path / "tokenbus.toml"
+        file.write_text("".join(f'[tenants.t{number}]\ntier = "{tier}"\n' for number, tier in enumerate(tiers)))
+        return load(file).tiers()
+
+    assert loaded("gold", "gold", "silver") == {"t0": "gold", "t1": "gold", "t2": "silver"}
+    assert len(loaded(*"abcdefgh", *"abcdefgh")) == 16
+    with pytest.raises(ConfigError, match="at most 8 tiers"):
+        loaded(*"abcdefghi")
+    with pytest.raises(ConfigError, match=r"tenants\.t0\.tier: must be 1 to 64 characters"):
+        loaded("two words")
+    with pytest.raises(ConfigError, match=r"metrics\.tenants"):
+        load(flags={"metrics.tenants": "1001"})

@@ -47,5 +47,7 @@ def test_a_setting_is_told_in_words(setting, words, default):
 
 def test_the_defaults_on_the_page_are_accepted():
     rows = re.findall(r"^\| `([\w.]+)` \| .* \| `(.+)` \|$", settings.PAGE.read_text(), flags=re.MULTILINE)
-    flags = {name: value.strip('"') for name, value in rows if not name.startswith("tenants.") and value not in ("[]", "{}")}
+    flags = {
+        name: value.strip('"') for name, value in rows if not name.startswith("tenants.") and value not in ("[]", "{}")
+    }
     assert load(flags=flags) == Config()
