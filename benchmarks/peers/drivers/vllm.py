@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from benchmarks.peers.job import Generate, Item, Job, Output, answer
 
+_KV_BYTES = 2 << 30
+
 
 @contextmanager
 def loaded(job: Job) -> Iterator[Generate]:
@@ -15,6 +17,7 @@ def loaded(job: Job) -> Iterator[Generate]:
         dtype="float32",
         max_num_seqs=job.max_running,
         max_model_len=job.longest,
+        kv_cache_memory_bytes=_KV_BYTES,
         enforce_eager=job.options["compile"] == "no",
     )
 
