@@ -42,13 +42,38 @@ class WorkerConfig(msgspec.Struct, frozen=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How one sequence's tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+    """How one sequence's tokens are drawn; at its default, each of these is off. ``temperature`` 0 is greedy.
+
+    Before the output has ``min_tokens`` none of ``stop_ids`` is drawn. ``bad_words`` are token sequences that are never
+    completed. ``logprobs`` and ``prompt_logprobs``: each token of the output, or the prompt, is scored and so many of the
+    likeliest in its place are told; None: not at all. All token ids must be in the vocabulary.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class Scored(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A token and how the model itself, before any sampling parameter, rated it in its place: natural log probability, never
+    infinite; rank, from 1; the likeliest tokens there with their log probabilities, best first."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
