@@ -77,11 +77,13 @@ class Scored(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
-    """A slot is given to a sequence with these tokens: whatever it held before is forgotten."""
+    """A slot is given to a sequence with these tokens, the first ``prompt_len`` of them its prompt: whatever it held before is
+    forgotten."""
 
     slot: int
     tokens: list[int]
     sampling: Sampling
+    prompt_len: int
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -133,15 +135,20 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Are you there?"""
 
 
-class StepResult(msgspec.Struct, frozen=True, tag=True):
+class StepResult(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """``tokens``: one id for each of the ``decodes``, then for each row with ``sample``. ``seconds``: the worker's own time for
     the step; ``waited_s``: from the end of the step before until it had the plan, whether there was work or not.
+
+    ``scored``: of those tokens, by index, the ones that are to be. ``prompts``: by index of a row, prompt tokens that are to be
+    scored, from the one after the row's first on.
     """
 
     step: int
     tokens: list[int]
     seconds: float
     waited_s: float = 0.0
+    scored: dict[int, Scored] = {}
+    prompts: dict[int, list[Scored]] = {}
 
 
 class StepFailure(msgspec.Struct, frozen=True, tag=True):

@@ -129,7 +129,8 @@ class Batch:
 
     def admit(self, sequence: Sequence, tokens: int | None = None) -> None:
         """Give a waiting sequence a slot, and blocks for ``tokens``, by default those it has. Raises OutOfBlocks."""
-        self.pool.reuse(sequence)
+        if sequence.sampling.prompt_logprobs is None:  # else all of it must be computed
+            self.pool.reuse(sequence)
         needed = self.pool.blocks_for(len(sequence.tokens) if tokens is None else tokens)
         self.pool.grow(sequence, needed - len(sequence.blocks))
         self.counters.cached_tokens += sequence.computed
@@ -215,7 +216,8 @@ class Batch:
         draft = self.draft
         if not sequence.told:
             sequence.told = True
-            draft.admissions.append(Admission(sequence.slot, sequence.tokens.copy(), sequence.sampling))
+            tokens = sequence.tokens.copy()
+            draft.admissions.append(Admission(sequence.slot, tokens, sequence.sampling, sequence.prompt_len))
         start = sequence.computed
         sequence.computed += length
         samples = sequence.computed == len(sequence.tokens) + sequence.unseen

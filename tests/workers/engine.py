@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from protocol.plan import Sampling
+from protocol.plan import Sampling, Scored
 from scheduler.core import policies
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher
@@ -45,6 +45,8 @@ class LocalEngine:
         self.batcher = Batcher(Limits(running, budget, longest), pool, policies.create(policy))
         self.runner = Runner(model.module, backend, max_running=running, max_model_len=longest)
         self.outputs: dict[str, list[int]] = {}
+        self.scored: dict[str, list[Scored]] = {}
+        self.prompts: dict[str, dict[int, Scored]] = {}
 
     def submit(
         self, id: str, prompt: list[int], length: int, sampling: Sampling | None = None, stop=frozenset()
@@ -57,6 +59,12 @@ class LocalEngine:
         if plan is None:
             return False
         result = self.runner.step(plan)
+        draft = self.batcher.draft_of(plan)
+        for index, scored in result.scored.items():
+            self.scored.setdefault(draft.samplers[index].id, []).append(scored)
+        for index, part in result.prompts.items():
+            (sequence, _), row = draft.owners[index], plan.rows[index]
+            self.prompts.setdefault(sequence.id, {}).update(enumerate(part, start=row.start + 1))
         for event in self.batcher.apply(result.step, result.tokens):
             self.outputs[event.id].append(event.token)
         return True
