@@ -66,6 +66,10 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: int | None = None
 
 
+#: Of these a model may have defaults of its own.
+MODEL_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+
+
 class Scored(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A token and how the model itself, before any sampling parameter, rated it in its place: natural log probability, never
     infinite; rank, from 1; the likeliest tokens there with their log probabilities, best first."""
@@ -165,7 +169,8 @@ class StartFailure(msgspec.Struct, frozen=True, tag=True):
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
-    """What a ready worker serves. ``model_path`` holds tokenizer files; sizes are in tokens unless named otherwise."""
+    """What a ready worker serves. ``model_path`` holds tokenizer files; sizes are in tokens unless named otherwise. ``sampling``:
+    how the model's tokens are drawn when a request says nothing."""
 
     model_path: str
     max_model_len: int
@@ -177,6 +182,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
     device: str
     dtype: str
     attention: str
+    sampling: Sampling = Sampling(temperature=1.0)
 
 
 Command = StepPlan | Resume | Ping

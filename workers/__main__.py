@@ -98,6 +98,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
         attention=kind.name,
+        sampling=model.sampling,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from protocol.request import Request
-from scheduler.journal.entry import Entry, JournalError, Listener, Taken, digest
+from scheduler.journal.entry import Entry, JournalError, Listener, Taken, Token, digest
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ _NEARLY_FULL = 0.9
 T = TypeVar("T")
 _Work = Callable[[sqlite3.Connection], Any]
 _decode_listeners = msgspec.msgpack.Decoder(list[Listener]).decode
-_decode_tokens = msgspec.msgpack.Decoder(list[int]).decode
+_decode_tokens = msgspec.msgpack.Decoder(list[Token]).decode
 _encode = msgspec.msgpack.encode
 
 
@@ -134,7 +134,7 @@ class SqliteJournal:
     def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
         return self._do(lambda database: [_find(database, id) for id in ids])
 
-    def progress(self, records: Iterable[tuple[str, int, list[int]]]) -> Awaitable[None]:
+    def progress(self, records: Iterable[tuple[str, int, list[Token]]]) -> Awaitable[None]:
         rows = [(id, number, _encode(tokens)) for id, number, tokens in records]
         return self._do(lambda database: _run_many(database, "INSERT INTO progress VALUES (?, ?, ?)", rows))
 

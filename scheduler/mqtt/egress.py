@@ -11,7 +11,7 @@ from scheduler.admission import Admission
 from scheduler.core.sequence import FinishReason
 from scheduler.deadlines import Deadlines
 from scheduler.generation import Generation, sequence_for
-from scheduler.journal.entry import Entry, Journal, Listener
+from scheduler.journal.entry import Entry, Journal, Listener, Token
 from scheduler.loop import Engine, Failure, StepReport
 from scheduler.metrics import Metrics
 from scheduler.mqtt.delivery import Delivery
@@ -66,7 +66,7 @@ class Egress:
             self._close(entry, Expired(entry.request_id, generated, entry.attempt), "expired")
             return
         try:
-            sequence = sequence_for(entry, self._engine.info)
+            sequence = sequence_for(entry, self._engine.info, self._text.backend)
             generation = Generation.of(entry, self._text, self._engine.now() - max(time.time() - entry.accepted_at, 0))
             self._engine.submit(sequence)
         except RequestError as error:
@@ -174,16 +174,20 @@ class Egress:
             if generation is not None:
                 generation.started_at = report.at - report.seconds
                 generation.cached_tokens = cached
+        for id, (first, scored) in report.prompts.items():
+            generation = self._generations.get(id)
+            if generation is not None:
+                generation.score_prompt(first, scored)
         for event in report.events:
             generation = self._generations.get(event.id)
             if generation is not None:
-                self._take_token(generation, event.token, event.finish, report.at)
+                self._take_token(generation, report.scored.get(event.id, event.token), event.finish, report.at)
         for failure in report.given_up:
             generation = self._generations.get(failure.id)
             if generation is not None:
                 self._give_up(generation, failure)
 
-    def _take_token(self, generation: Generation, token: int, finish: FinishReason | None, at: float) -> None:
+    def _take_token(self, generation: Generation, token: Token, finish: FinishReason | None, at: float) -> None:
         if generation.last_token_at is not None:
             self._metrics.itl.observe(at - generation.last_token_at)
         elif generation.completion_tokens == 0:  # else an earlier process gave the first one

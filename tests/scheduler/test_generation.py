@@ -174,8 +174,8 @@ def test_the_batcher_goes_on_after_the_journalled_tokens():
         expires_at=2e9,
         records=[[7], [8, 9]],
     )
-    sequence = sequence_for(entry, INFO)
+    sequence = sequence_for(entry, INFO, byte_tokenizer())
     assert (sequence.tokens, sequence.prompt_len, sequence.max_tokens) == ([1, 2, 7, 8, 9], 2, 10)
     assert sequence.sampling.seed == 5
     assert (sequence.priority, sequence.deadline) == (-3, 2e9)
-    assert sequence_for(msgspec.structs.replace(entry, expires_at=None), INFO).deadline == math.inf
+    assert sequence_for(msgspec.structs.replace(entry, expires_at=None), INFO, byte_tokenizer()).deadline == math.inf
