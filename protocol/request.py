@@ -22,6 +22,8 @@ MAX_LOGPROBS = 20
 
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+#: What JSON makes of a token id that is a key.
+TokenKey = Annotated[str, Meta(pattern="^[0-9]{1,10}$")]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Likeliest = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
@@ -68,7 +70,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Meta(max_length=1024)] | None = None
     bad_words: Annotated[list[StopString], Meta(max_length=128)] | None = None
     seed: Annotated[int, Meta(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None

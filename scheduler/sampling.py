@@ -16,7 +16,7 @@ def check_sampling(request: Request, room: int, info: WorkerInfo) -> None:
     """Raises BadRequest for unknown tokens, or for more of them than the ``room`` that the prompt leaves."""
     if request.min_tokens > room:
         raise BadRequest("min_tokens", f"must be at most {room}, which is what the prompt leaves of the context")
-    unknown = next((token for token in request.logit_bias or () if token >= info.vocab_size), None)
+    unknown = next((token for token in request.logit_bias or () if int(token) >= info.vocab_size), None)
     if unknown is not None:
         raise BadRequest("logit_bias", f"{unknown} is no token id: those are below {info.vocab_size}")
 
@@ -36,7 +36,7 @@ def sampling_of(request: Request, seed: int, info: WorkerInfo, tokenizer: "Token
         seed=seed,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
-        logit_bias=tuple((request.logit_bias or {}).items()),
+        logit_bias=tuple((int(token), bias) for token, bias in (request.logit_bias or {}).items()),
         min_tokens=request.min_tokens,
         stop_ids=tuple(sorted(token for token in stop_ids if token < info.vocab_size)),
         bad_words=_token_sequences(request.bad_words or [], info.vocab_size, tokenizer),

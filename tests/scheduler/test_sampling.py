@@ -34,7 +34,7 @@ def test_all_that_has_no_default():
     asked = sampling(
         presence_penalty=0.5,
         frequency_penalty=-0.5,
-        logit_bias={7: 1.5, 0: -100.0},
+        logit_bias={"7": 1.5, "0": -100.0},
         min_tokens=3,
         stop_token_ids=[9, 2, 10_000],
         logprobs=4,
@@ -58,7 +58,7 @@ def test_bad_words_are_split_as_the_tokenizer_does_alone_and_after_a_space():
 @pytest.mark.parametrize(
     ("fields", "field", "says"),
     [
-        ({"logit_bias": {3: 1.0, 256: 1.0}}, "logit_bias", "256 is no token id: those are below 256"),
+        ({"logit_bias": {"3": 1.0, "256": 1.0}}, "logit_bias", "256 is no token id: those are below 256"),
         ({"min_tokens": 999}, "min_tokens", "at most 998"),
     ],
 )
@@ -66,4 +66,4 @@ def test_what_no_answer_could_satisfy_is_refused_by_name(fields, field, says):
     with pytest.raises(BadRequest, match=says) as caught:
         check_fits(Request(prompt="x", **fields), [1, 2], INFO)
     assert caught.value.body.param == field
-    check_fits(Request(prompt="x", logit_bias={255: 1.0}, min_tokens=998), [1, 2], INFO)
+    check_fits(Request(prompt="x", logit_bias={"255": 1.0}, min_tokens=998), [1, 2], INFO)

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.plan import Sampling
+from tests.workers.engine import LocalEngine, workload
+from tests.workers.models import tiny
 from tests.workers.rows import rows
 from workers.sampler import Sampler
 
@@ -165,3 +167,24 @@ def test_what_is_drawn_has_the_distribution_that_each_parameter_asks_for():
         assert counts[~possible].sum() == 0, name
         chi_square = ((counts - wanted)[possible] ** 2 / wanted[possible]).sum().item()
         assert chi_square < 35, name  # 99.98% with 11 degrees of freedom, fewer where tokens are cut
+
+
+def test_greedy_text_with_everything_on_is_that_of_transformers_own_generate():
+    model = tiny("llama")
+    asked = {
+        "repetition_penalty": ({"repetition_penalty": 1.4}, Sampling(repetition_penalty=1.4)),
+        "bad words": ({"bad_words_ids": [[5], [8, 9]]}, Sampling(bad_words=((5,), (8, 9)))),
+        "bias": ({"sequence_bias": [[[11], 2.5]]}, Sampling(logit_bias=((11, 2.5),))),
+        "least": ({"min_new_tokens": 12, "eos_token_id": [40, 41]}, Sampling(min_tokens=12, stop_ids=(40, 41))),
+    }
+    prompts = [prompt for prompt, _ in workload(seed=2, count=len(asked), vocab=97)]
+    plain = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
+    wanted = {}
+    for prompt, (name, (options, _)) in zip(prompts, asked.items(), strict=True):
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **({"eos_token_id": []} | plain | options))
+        wanted[name] = out[0, len(prompt) :].tolist()
+    engine = LocalEngine(model, budget=32)
+    for prompt, (name, (_, sampling)) in zip(prompts, asked.items(), strict=True):
+        engine.submit(name, prompt, 24, sampling, frozenset(sampling.stop_ids))
+    assert engine.finish() == wanted
