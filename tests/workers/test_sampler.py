@@ -50,6 +50,16 @@ def test_a_tiny_temperature_is_greedy_not_nan(temperature):
     assert sampler.sample(logits, rows([0], [([1, 2], 1)])).tolist() == [1]
 
 
+def test_a_plain_greedy_batch_costs_one_argmax(monkeypatch):
+    sampler = Sampler(3, CPU)
+    sampler.assign(2, Sampling(temperature=1.0, min_p=0.1, repetition_penalty=1.5))
+    sampler.assign(0, Sampling(repetition_penalty=1.5))
+    sampler.assign(0, Sampling())
+    monkeypatch.setattr(Sampler, "process", None)
+    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 3.0, 2.0]])
+    assert sampler.sample(logits, rows([0, 1], [([1, 2], 1), ([2], 1)])).tolist() == [1, 0]
+
+
 def test_a_slot_that_was_sampled_is_greedy_for_its_next_sequence():
     sampler = Sampler(1, CPU)
     sampler.assign(0, Sampling(temperature=2.0, seed=1))
