@@ -134,6 +134,13 @@ def test_several_rows_of_one_slot_each_have_their_own_past():
         torch.testing.assert_close(processed[row : row + 1], wanted)
 
 
+def test_a_bad_word_longer_than_all_that_came_is_not_half_there():
+    sampler = Sampler(1, CPU)
+    sampler.assign(0, Sampling(bad_words=((5, 5, 7), (5, 8))))
+    processed = sampler.process(torch.zeros(1, VOCAB), rows([0], [([5], 1)]))
+    assert processed.isneginf().nonzero().tolist() == [[0, 8]]
+
+
 #: One parameter at a time, then all; on a vocabulary of twelve tokens.
 DRAWN = {
     "temperature": Sampling(temperature=0.6),
