@@ -14,7 +14,7 @@ _MODELS = "absent: the model's own, else"
 MEANINGS = {
     "messages": "the chat to go on with: one of the two must be given",
     "prompt": "the text to go on with, as text or token ids",
-    "model": "absent, or the model that the topic names",
+    "model": "absent, or the model that the topic names, perhaps with a LoRA adapter: `smollm2:formal`",
     "max_tokens": "with the prompt at most the context; absent: up to it",
     "max_completion_tokens": "the same under its newer name",
     "min_tokens": "until there are so many, no end or stop token is drawn and no stop string is looked for",

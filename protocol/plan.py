@@ -25,7 +25,9 @@ WeightsName = Literal["auto", "plain", "float32", "bfloat16", "int8"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
-    """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold."""
+    """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``adapters``: directories
+    of LoRA adapters by name, ``max_adapters`` of which are in memory at a time.
+    """
 
     model: str
     dtype: DtypeName
@@ -39,6 +41,8 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     max_batch_tokens: int
     max_model_len: int | None
     weights: WeightsName = "auto"
+    adapters: dict[str, str] = {}
+    max_adapters: int = 0
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -82,12 +86,14 @@ class Scored(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
     """A slot is given to a sequence with these tokens, the first ``prompt_len`` of them its prompt: whatever it held before is
-    forgotten."""
+    forgotten. ``adapter``: the name of a LoRA adapter that its tokens go through, or nothing.
+    """
 
     slot: int
     tokens: list[int]
     sampling: Sampling
     prompt_len: int
+    adapter: str = ""
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -183,6 +189,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
     dtype: str
     attention: str
     sampling: Sampling = Sampling(temperature=1.0)
+    adapters: list[str] = []
 
 
 Command = StepPlan | Resume | Ping

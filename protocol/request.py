@@ -54,7 +54,7 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """One generation. Exactly one of ``messages`` and ``prompt`` is given. What each field means says `parameters`."""
+    """One generation. Exactly one of ``messages`` and ``prompt`` is given. `parameters` says what each field means."""
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)] | None = None
     prompt: str | list[TokenId] | None = None
@@ -92,6 +92,11 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     @property
     def is_chat(self) -> bool:
         return self.messages is not None
+
+    @property
+    def adapter(self) -> str:
+        """What ``model`` names behind a colon, or nothing."""
+        return (self.model or "").partition(":")[2]
 
     @property
     def output_limit(self) -> int | None:

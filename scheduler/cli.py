@@ -57,6 +57,7 @@ _BENCHMARKS = (
     "scale",
     "overlap",
     "overhead",
+    "adapters",
 )
 
 

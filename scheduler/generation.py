@@ -37,6 +37,12 @@ def check_fits(request: Request, prompt: list[int], info: WorkerInfo) -> None:
     check_sampling(request, room, info)
 
 
+def check_adapter(name: str, info: WorkerInfo) -> None:
+    """Raises BadRequest for one that isn't served."""
+    if name and name not in info.adapters:
+        raise BadRequest("model", f"there is no adapter {name!r} here", "model_not_found")
+
+
 def context_exceeded(request: Request, prompt: list[int], limit: str) -> BadRequest:
     """What a request with a prompt over this limit, or with the tokens it asks for, is refused with."""
     wanted = request.output_limit
@@ -48,6 +54,7 @@ def context_exceeded(request: Request, prompt: list[int], limit: str) -> BadRequ
 def sequence_for(entry: Entry, info: WorkerInfo, tokenizer: "Tokenizer") -> Sequence:
     """What the batcher is to run for a request, from where it is. Raises BadRequest as ``check_fits``."""
     request = entry.request
+    check_adapter(request.adapter, info)
     check_fits(request, entry.prompt, info)
     return Sequence(
         entry.id,
@@ -59,6 +66,7 @@ def sequence_for(entry: Entry, info: WorkerInfo, tokenizer: "Tokenizer") -> Sequ
         tenant=entry.tenant,
         priority=request.priority,
         deadline=inf if entry.expires_at is None else entry.expires_at,
+        adapter=request.adapter,
     )
 
 
@@ -149,7 +157,7 @@ class Generation:
             chat=self.entry.request.is_chat,
             request_id=self.entry.request_id,
             created=int(self.entry.accepted_at),
-            model=self.entry.model,
+            model=self.entry.request.model or self.entry.model,
             text=self.text[self.cuts[number] : self.cuts[number + 1]],
             reason=reason,
             first=number == 0,
@@ -168,7 +176,7 @@ class Generation:
             chat=self.entry.request.is_chat,
             request_id=self.entry.request_id,
             created=int(self.entry.accepted_at),
-            model=self.entry.model,
+            model=self.entry.request.model or self.entry.model,
             text=self.text,
             reason=reason,
             usage=Usage(

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
@@ -13,6 +14,7 @@ import torch
 from protocol import plan
 from workers import selftest
 from workers.attention import AttentionBackend, choose
+from workers.lora import AdapterRefused, Adapters
 from workers.model import Model, ModelRefused, load
 from workers.packing import pack
 from workers.runner import Runner
@@ -39,7 +41,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
         return
     try:
         runner, info = start(plan.decode_config(body))
-    except (ModelRefused, WeightsError, ValueError, OSError) as error:
+    except (ModelRefused, AdapterRefused, WeightsError, ValueError, OSError) as error:
         _write(replies, plan.StartFailure(str(error)))
         return
     _write(replies, info)
@@ -66,7 +68,7 @@ def work(runner: Runner, requests: BinaryIO, replies: BinaryIO) -> None:
 
 
 def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
-    """Load, check and size everything. Raises ModelRefused, WeightsError, ValueError."""
+    """Load, check and size everything. Raises ModelRefused, AdapterRefused, WeightsError, ValueError."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = torch.device(_resolve_device(config.device))
@@ -79,6 +81,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         block_size=config.block_size,
         attributes=model.attributes,
     )
+    adapters = Adapters(model.module, {name: Path(path) for name, path in config.adapters.items()}, config.max_adapters)
     expected = selftest.expect(model)
     if pack(model.module, config.weights) != model.dtype:
         # Rounded weights have logits of their own; then both ways are asked for those.
@@ -86,7 +89,9 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
     selftest.check(model, kind, config.block_size, expected)
     backend = kind(model.layers, _num_blocks(config, model), config.block_size, model.dtype, device)
     max_model_len = min(model.max_model_len, backend.num_blocks * config.block_size)
-    runner = Runner(model.module, backend, max_running=config.max_running, max_model_len=max_model_len)
+    runner = Runner(
+        model.module, backend, max_running=config.max_running, max_model_len=max_model_len, adapters=adapters
+    )
     return runner, plan.WorkerInfo(
         model_path=str(model.path),
         max_model_len=max_model_len,
@@ -99,6 +104,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         dtype=str(model.dtype).removeprefix("torch."),
         attention=kind.name,
         sampling=model.sampling,
+        adapters=list(config.adapters),
     )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from protocol.plan import Scored, StepPlan, StepResult
 from workers.attention import AttentionBackend, Attributes
 from workers.bridge import attending
+from workers.lora import Adapters
 from workers.sampler import Sampler
 from workers.scores import Scores, Stretch
 from workers.slots import Inputs, Slots
@@ -51,6 +52,7 @@ class Runner:
         *,
         max_running: int,
         max_model_len: int,
+        adapters: Adapters | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         blocks = -(-max_model_len // backend.block_size)
@@ -59,6 +61,7 @@ class Runner:
         self._slots = Slots(max_running, blocks, backend.block_size, backend.device)
         self._sampler = Sampler(max_running, backend.device)
         self._scores = Scores()
+        self._adapters = adapters
         self._clock = clock
 
     @torch.inference_mode()
@@ -69,8 +72,13 @@ class Runner:
             self._slots.admit(admission)
             self._sampler.assign(admission.slot, admission.sampling)
             self._scores.assign(admission)
+            if self._adapters:
+                self._adapters.assign(admission.slot, admission.adapter)
         self._slots.extend(plan.rows)
         inputs = self._slots.inputs(plan)
+        if self._adapters:
+            lengths = [1] * len(plan.decodes) + [row.length for row in plan.rows]
+            self._adapters.use(plan.decodes + [row.slot for row in plan.rows], lengths)
         sampled = [*range(len(plan.decodes)), *_sampled(plan)]
         last = inputs.batch.query_start[1:][sampled].long() - 1
         stretches = self._scores.stretches(plan)

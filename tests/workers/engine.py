@@ -1,6 +1,7 @@
 """Batcher and runner in one process, so that a test decides what comes when."""
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from scheduler.core.blocks import BlockPool
 from scheduler.core.policies import PolicyName
 from scheduler.core.sequence import Sequence
 from workers.attention import choose
+from workers.lora import Adapters
 from workers.model import adopt
 from workers.packing import pack
 from workers.runner import Runner
@@ -33,8 +35,11 @@ class LocalEngine:
         longest: int = 128,
         policy: PolicyName = "fair",
         prefix_cache: bool = False,
+        adapters: Mapping[str, Path] | None = None,
+        max_adapters: int = 8,
     ) -> None:
         model = adopt(module, Path())
+        loaded = Adapters(model.module, adapters or {}, max_adapters)
         device = torch.device("cpu")
         kind = choose(
             attention, device, torch.float32, model.layers, block_size=block_size, attributes=model.attributes
@@ -42,17 +47,25 @@ class LocalEngine:
         pack(model.module, weights)
         backend = kind(model.layers, blocks, block_size, torch.float32, device)
         pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
-        self.batcher = Batcher(Limits(running, budget, longest), pool, policies.create(policy))
-        self.runner = Runner(model.module, backend, max_running=running, max_model_len=longest)
+        self.batcher = Batcher(Limits(running, budget, longest, max_adapters), pool, policies.create(policy))
+        self.runner = Runner(model.module, backend, max_running=running, max_model_len=longest, adapters=loaded)
         self.outputs: dict[str, list[int]] = {}
         self.scored: dict[str, list[Scored]] = {}
         self.prompts: dict[str, dict[int, Scored]] = {}
 
     def submit(
-        self, id: str, prompt: list[int], length: int, sampling: Sampling | None = None, stop=frozenset()
+        self,
+        id: str,
+        prompt: list[int],
+        length: int,
+        sampling: Sampling | None = None,
+        stop=frozenset(),
+        *,
+        adapter: str = "",
     ) -> None:
         self.outputs[id] = []
-        self.batcher.submit(Sequence(id, prompt, max_tokens=length, stop_ids=stop, sampling=sampling or Sampling()))
+        sampling = sampling or Sampling()
+        self.batcher.submit(Sequence(id, prompt, max_tokens=length, stop_ids=stop, sampling=sampling, adapter=adapter))
 
     def step(self) -> bool:
         plan = self.batcher.plan()
