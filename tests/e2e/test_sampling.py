@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)
 
 QUESTION = [Message("user", "What is the capital of France?")]
 COUNT = "1, 2, 3, 4, 5, 6,"
+COMMA = 28
 
 
 async def test_one_batch_of_many_mixes(running):
@@ -22,8 +23,9 @@ async def test_one_batch_of_many_mixes(running):
     asked = {
         "plain": Request(messages=QUESTION, **greedy),
         "without": Request(messages=QUESTION, bad_words=["Paris"], **greedy),
-        "forced": Request(prompt=COUNT, logit_bias={"28": 100.0}, **greedy),
-        "long": Request(prompt="Goodbye.<|im_end|>", min_tokens=8, temperature=0.0, max_tokens=8),
+        "forced": Request(prompt=COUNT, logit_bias={str(COMMA): 100.0}, **greedy),
+        "early": Request(prompt=COUNT, stop_token_ids=[COMMA], **greedy),
+        "late": Request(prompt=COUNT, stop_token_ids=[COMMA], min_tokens=6, **greedy),
         "varied": Request(prompt=COUNT, presence_penalty=2.0, frequency_penalty=2.0, **greedy),
         "drawn": Request(prompt=COUNT, temperature=1.3, typical_p=0.9, repetition_penalty=1.2, seed=7, max_tokens=8),
         "again": Request(prompt=COUNT, temperature=1.3, typical_p=0.9, repetition_penalty=1.2, seed=7, max_tokens=8),
@@ -35,7 +37,9 @@ async def test_one_batch_of_many_mixes(running):
     assert "Paris" in told["plain"].text
     assert "Paris" not in told["without"].text
     assert told["forced"].text == "," * 8
-    assert (told["long"].usage.completion_tokens, told["long"].finish_reason) == (8, "length")
+    assert told["early"].text == " 7"
+    assert told["early"].usage.completion_tokens < 6 <= told["late"].usage.completion_tokens
+    assert "," not in told["late"].text
     assert told["varied"].text.count(",") < 3
     assert told["drawn"].text == told["again"].text
     assert told["up to"].text == " 7, 8, 9"
