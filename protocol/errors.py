@@ -56,8 +56,8 @@ class BadRequest(RequestError):
     @classmethod
     def from_validation(cls, error: msgspec.ValidationError) -> "BadRequest":
         """Turn msgspec's ``Expected `int` >= 1 - at `$.max_tokens` `` into a field and a detail."""
-        detail, _, path = str(error).partition(" - at `$")
-        return cls(path.rstrip("`").lstrip(".") or "body", detail)
+        detail, _, where = str(error).partition(" - at ")  # a key of an object is at `key` in `$.object`
+        return cls(where.partition("`$")[2].rstrip("`").lstrip(".") or "body", detail)
 
 
 class Busy(RequestError):

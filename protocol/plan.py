@@ -46,23 +46,53 @@ class WorkerConfig(msgspec.Struct, frozen=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How one sequence's tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+    """How one sequence's tokens are drawn; at its default, each of these is off. ``temperature`` 0 is greedy.
+
+    Before the output has ``min_tokens`` none of ``stop_ids`` is drawn. ``bad_words`` are token sequences that are never
+    completed. ``logprobs`` and ``prompt_logprobs``: each token of the output, or the prompt, is scored and so many of the
+    likeliest in its place are told; None: not at all. All token ids must be in the vocabulary.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+#: Of these a model may have defaults of its own.
+MODEL_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+
+
+class Scored(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A token and how the model itself, before any sampling parameter, rated it in its place: natural log probability, never
+    infinite; rank, from 1; the likeliest tokens there with their log probabilities, best first."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
-    """A slot is given to a sequence with these tokens: whatever it held before is forgotten. ``adapter``: the name of a LoRA
-    adapter that its tokens go through, or nothing.
+    """A slot is given to a sequence with these tokens, the first ``prompt_len`` of them its prompt: whatever it held before is
+    forgotten. ``adapter``: the name of a LoRA adapter that its tokens go through, or nothing.
     """
 
     slot: int
     tokens: list[int]
     sampling: Sampling
+    prompt_len: int
     adapter: str = ""
 
 
@@ -115,15 +145,20 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Are you there?"""
 
 
-class StepResult(msgspec.Struct, frozen=True, tag=True):
+class StepResult(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """``tokens``: one id for each of the ``decodes``, then for each row with ``sample``. ``seconds``: the worker's own time for
     the step; ``waited_s``: from the end of the step before until it had the plan, whether there was work or not.
+
+    ``scored``: of those tokens, by index, the ones that are to be. ``prompts``: by index of a row, prompt tokens that are to be
+    scored, from the one after the row's first on.
     """
 
     step: int
     tokens: list[int]
     seconds: float
     waited_s: float = 0.0
+    scored: dict[int, Scored] = {}
+    prompts: dict[int, list[Scored]] = {}
 
 
 class StepFailure(msgspec.Struct, frozen=True, tag=True):
@@ -140,7 +175,8 @@ class StartFailure(msgspec.Struct, frozen=True, tag=True):
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
-    """What a ready worker serves. ``model_path`` holds tokenizer files; sizes are in tokens unless named otherwise."""
+    """What a ready worker serves. ``model_path`` holds tokenizer files; sizes are in tokens unless named otherwise. ``sampling``:
+    how the model's tokens are drawn when a request says nothing."""
 
     model_path: str
     max_model_len: int
@@ -152,6 +188,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
     device: str
     dtype: str
     attention: str
+    sampling: Sampling = Sampling(temperature=1.0)
     adapters: list[str] = []
 
 

@@ -1,9 +1,8 @@
 """What a tenant sends: the OpenAI chat-completions or completions body, and a few fields more.
 
-Fields follow the OpenAI API reference (`/v1/chat/completions`, `/v1/completions`) in name, type and range. Ours are
-``top_k``, ``min_p``, ``stop_token_ids`` and ``ignore_eos``, named as vLLM names them, and ``priority``, ``deadline_ms`` and
-``refuse_late``. A field of the OpenAI API that we don't act on is accepted only at the value that asks for nothing, so that no
-request is served other than as it was written.
+Fields follow the OpenAI API reference (`/v1/chat/completions`, `/v1/completions`) in name, type and range; what that lacks is
+named as vLLM names it; ``priority``, ``deadline_ms`` and ``refuse_late`` are ours. A field of the OpenAI API that we don't act on
+is accepted only at the value that asks for nothing, so that no request is served other than as it was written.
 """
 
 from typing import Annotated, Literal
@@ -18,8 +17,15 @@ MAX_SEED = (1 << 63) - 1
 #: A week, in milliseconds: for as long a broker keeps messages for the service, unless configured otherwise.
 MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
 
+#: Of the likeliest tokens at one position, so many may be asked for.
+MAX_LOGPROBS = 20
+
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+#: What JSON makes of a token id that is a key.
+TokenKey = Annotated[str, Meta(pattern="^[0-9]{1,10}$")]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+Likeliest = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,26 +54,32 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """One generation. Exactly one of ``messages`` and ``prompt`` is given; ``max_tokens`` absent means up to the context.
-
-    Among its tenant's requests one of higher ``priority`` goes first. It ends, done or not, ``deadline_ms`` after the service
-    has taken it in; with ``refuse_late`` it is refused at once when that is too early. ``model`` may name a LoRA adapter behind
-    the topic's model and a colon.
-    """
+    """One generation. Exactly one of ``messages`` and ``prompt`` is given. `parameters` says what each field means."""
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)] | None = None
     prompt: str | list[TokenId] | None = None
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=1 << 31)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[TokenKey, Bias], Meta(max_length=1024)] | None = None
+    bad_words: Annotated[list[StopString], Meta(max_length=128)] | None = None
     seed: Annotated[int, Meta(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=128)] | None = None
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    logprobs: bool | Likeliest | None = None
+    top_logprobs: Likeliest | None = None
+    prompt_logprobs: Likeliest | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=1)] = 1
@@ -97,6 +109,13 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are wanted with each of the output's; None: no log probabilities at all."""
+        if self.logprobs is None or self.logprobs is False:
+            return None
+        return self.top_logprobs or 0 if self.logprobs is True else self.logprobs
+
 
 _decoder = msgspec.json.Decoder(Request)
 
@@ -109,13 +128,34 @@ def decode_request(payload: bytes) -> Request:
         raise BadRequest.from_validation(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest("body", f"must be UTF-8 JSON: {error}") from None
+    _check_prompt(request)
+    _check_lengths(request)
+    _check_logprobs(request)
+    return request
+
+
+def _check_prompt(request: Request) -> None:
     if (request.messages is None) == (request.prompt is None):
         raise BadRequest("messages", "exactly one of messages and prompt must be given")
     if request.prompt is not None and not request.prompt:
         raise BadRequest("prompt", "must not be empty")
+
+
+def _check_lengths(request: Request) -> None:
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise BadRequest("max_completion_tokens", "give either max_tokens or max_completion_tokens")
-    return request
+    if request.output_limit is not None and request.min_tokens > request.output_limit:
+        raise BadRequest("min_tokens", f"must be at most max_tokens, {request.output_limit}")
+
+
+def _check_logprobs(request: Request) -> None:
+    """The OpenAI API has two ways to ask: a flag and a number for a chat, a number for a prompt."""
+    if request.logprobs is not None and isinstance(request.logprobs, bool) != request.is_chat:
+        raise BadRequest(
+            "logprobs", f"must be {'a boolean for messages' if request.is_chat else 'a number for a prompt'}"
+        )
+    if request.top_logprobs is not None and request.logprobs is not True:
+        raise BadRequest("top_logprobs", "needs messages and logprobs = true")
 
 
 def encode_request(request: Request) -> bytes:

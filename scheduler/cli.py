@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -178,11 +179,19 @@ async def _drain(running: service.Service, told: asyncio.Semaphore) -> None:
 @click.option("--model", default="smollm2", show_default=True)
 @click.option("--system", help="A system message before the prompt.")
 @click.option("--max-tokens", type=int)
+@click.option("--min-tokens", type=int)
 @click.option("--temperature", type=float)
 @click.option("--top-p", type=float)
 @click.option("--top-k", type=int)
+@click.option("--min-p", type=float)
+@click.option("--repetition-penalty", type=float)
+@click.option("--presence-penalty", type=float)
+@click.option("--frequency-penalty", type=float)
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True)
+@click.option(
+    "--logprobs", type=int, metavar="K", help="With --json: each token's log probability and the K likeliest."
+)
 @click.option("--priority", type=int, default=0, help="Within the tenant a higher one goes first.")
 @click.option("--deadline-ms", type=int, help="Milliseconds after which it ends, done or not.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON instead of streaming text.")
@@ -197,30 +206,22 @@ def submit(
     key_file: str | None,
     model: str,
     system: str | None,
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
     stop: tuple[str, ...],
-    priority: int,
-    deadline_ms: int | None,
+    logprobs: int | None,
     as_json: bool,
+    **fields: Any,
 ) -> None:
     """Send PROMPT (or stdin) as a chat message and stream the answer."""
     text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
     messages = [Message("user", text)] if system is None else [Message("system", system), Message("user", text)]
+    given = {name: value for name, value in fields.items() if value is not None}  # these options are named as fields
     request = Request(
         messages=messages,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
         stop=list(stop) or None,
-        priority=priority,
-        deadline_ms=deadline_ms,
+        logprobs=None if logprobs is None else True,
+        top_logprobs=logprobs,
         stream=not as_json,
+        **given,
     )
     try:
         client = Client(

@@ -3,16 +3,23 @@
 import secrets
 from dataclasses import dataclass, field
 from math import inf
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+import msgspec
 
 from protocol import openai, replies
 from protocol.errors import BadRequest
-from protocol.openai import FinishReason, PromptTokensDetails, Usage
-from protocol.plan import Sampling, WorkerInfo
+from protocol.openai import FinishReason, PromptLogprobs, PromptTokensDetails, TokenLogprobs, Usage
+from protocol.plan import Scored, WorkerInfo
 from protocol.request import Request
 from scheduler.core.sequence import Sequence
-from scheduler.journal.entry import Entry
+from scheduler.journal.entry import Entry, Token, token_id
+from scheduler.logprobs import ScoredText, prompt_logprobs
+from scheduler.sampling import check_sampling, sampling_of, stop_ids_of
 from scheduler.text import Detokenizer, StopStrings, Text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def check_fits(request: Request, prompt: list[int], info: WorkerInfo) -> None:
@@ -27,6 +34,7 @@ def check_fits(request: Request, prompt: list[int], info: WorkerInfo) -> None:
     wanted = request.output_limit
     if room < 1 or (wanted is not None and wanted > room):
         raise context_exceeded(request, prompt, f"the context of {info.max_model_len} tokens")
+    check_sampling(request, room, info)
 
 
 def check_adapter(name: str, info: WorkerInfo) -> None:
@@ -43,19 +51,18 @@ def context_exceeded(request: Request, prompt: list[int], limit: str) -> BadRequ
     return BadRequest(field, f"{asked} are over {limit}", "context_length_exceeded")
 
 
-def sequence_for(entry: Entry, info: WorkerInfo) -> Sequence:
+def sequence_for(entry: Entry, info: WorkerInfo, tokenizer: "Tokenizer") -> Sequence:
     """What the batcher is to run for a request, from where it is. Raises BadRequest as ``check_fits``."""
     request = entry.request
     check_adapter(request.adapter, info)
     check_fits(request, entry.prompt, info)
-    stop_ids = frozenset(request.stop_token_ids or ()) | frozenset(() if request.ignore_eos else info.eos_ids)
     return Sequence(
         entry.id,
         entry.prompt,
         max_tokens=request.output_limit or info.max_model_len - len(entry.prompt),
-        stop_ids=stop_ids,
-        sampling=_sampling(request, entry.seed),
-        output=[token for record in entry.records for token in record],
+        stop_ids=stop_ids_of(request, info),
+        sampling=sampling_of(request, entry.seed, info, tokenizer),
+        output=[token_id(token) for record in entry.records for token in record],
         tenant=entry.tenant,
         priority=request.priority,
         deadline=inf if entry.expires_at is None else entry.expires_at,
@@ -68,27 +75,19 @@ def seed_for(request: Request) -> int:
     return secrets.randbits(63) if request.seed is None else request.seed
 
 
-def _sampling(request: Request, seed: int) -> Sampling:
-    """Defaults as in the OpenAI API: temperature 1, everything kept."""
-    return Sampling(
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_k=max(request.top_k or 0, 0),
-        top_p=1.0 if request.top_p is None else request.top_p,
-        min_p=request.min_p or 0.0,
-        seed=seed,
-    )
-
-
 @dataclass(slots=True)
 class Generation:
     """Text comes in token by token and goes out in numbered pieces; times are on the engine's clock, in seconds.
 
     A piece is journalled as the tokens that made it, then published as a chunk if the request streams: after a crash the
     same tokens make the same pieces under the same numbers. ``cuts`` are the text's lengths at the ends of pieces.
+
+    Scores are journalled with their tokens. A piece tells those of the tokens that begin in it, so nothing of a stop string.
     """
 
     entry: Entry
     accepted_at: float
+    tokenizer: "Tokenizer"
     detokenizer: Detokenizer
     stops: StopStrings
     started_at: float | None = None
@@ -99,7 +98,10 @@ class Generation:
     text: str = ""
     cuts: list[int] = field(default_factory=lambda: [0])
     published: int = 0
-    _uncut: list[int] = field(default_factory=list)
+    scored: ScoredText = field(default_factory=ScoredText)
+    scored_prompt: dict[int, Scored] = field(default_factory=dict)
+    _uncut: list[Token] = field(default_factory=list)
+    _decoded: int = 0
 
     @classmethod
     def of(cls, entry: Entry, text: Text, accepted_at: float) -> Self:
@@ -107,8 +109,9 @@ class Generation:
         generation = cls(
             entry=entry,
             accepted_at=accepted_at,
+            tokenizer=text.backend,
             detokenizer=Detokenizer(text.backend, entry.prompt),
-            stops=StopStrings(entry.request.stop_strings),
+            stops=StopStrings(entry.request.stop_strings, include=entry.request.include_stop_str_in_output),
         )
         for record in entry.records:
             for token in record:
@@ -122,21 +125,25 @@ class Generation:
     def streams(self) -> bool:
         return self.entry.request.stream
 
-    def push(self, token: int, at: float, finish: FinishReason | None) -> FinishReason | None:
+    def push(self, token: Token, at: float, finish: FinishReason | None) -> FinishReason | None:
         """Take one token; says why the generation ends, which a stop string may decide before the batcher does."""
         if self.completion_tokens == 0:
             self.first_token_at = at
         self.last_token_at = at
-        if finish == "stop":  # a token that stops the sequence is not part of the text
+        if finish == "stop" and not self.entry.request.include_stop_str_in_output:
             self.completion_tokens += 1
         else:
             self._take(token)
         if finish is not None and not self.stops.stopped:
-            self.text += self.stops.push(self.detokenizer.finish())
+            self._scan(self.detokenizer.finish())
             self.text += self.stops.finish()
         return "stop" if self.stops.stopped else finish
 
-    def cut(self) -> tuple[int, list[int]] | None:
+    def score_prompt(self, first: int, scored: list[Scored]) -> None:
+        """Take the scores of the prompt's tokens from position ``first`` on; some may come again."""
+        self.scored_prompt.update(enumerate(scored, start=first))
+
+    def cut(self) -> tuple[int, list[Token]] | None:
         """End a piece here: its number and tokens; None when there is nothing to publish yet."""
         if not self._uncut or (self.streams and len(self.text) == self.cuts[-1]):
             return None
@@ -154,6 +161,7 @@ class Generation:
             text=self.text[self.cuts[number] : self.cuts[number + 1]],
             reason=reason,
             first=number == 0,
+            logprobs=self._logprobs(self.cuts[number], self.cuts[number + 1] if reason is None else self._end),
         )
         return replies.Chunk(self.entry.request_id, number, data)
 
@@ -177,6 +185,8 @@ class Generation:
                 prompt_tokens + self.completion_tokens,
                 PromptTokensDetails(self.cached_tokens),
             ),
+            logprobs=self._logprobs(0, self._end),
+            prompt_logprobs=self._prompt_logprobs(),
         )
         chunks = len(self.cuts) - 1 if self.streams else 0
         return replies.Result(self.entry.request_id, data, self.timings(at), chunks, self.entry.attempt)
@@ -190,10 +200,31 @@ class Generation:
             total_s=at - self.accepted_at,
         )
 
-    def _take(self, token: int) -> None:
+    def _take(self, token: Token) -> None:
         self.completion_tokens += 1
         self._uncut.append(token)
-        self.text += self.stops.push(self.detokenizer.push(token))
+        if isinstance(token, Scored):
+            self.scored.add(token, self._decoded)
+        self._scan(self.detokenizer.push(token_id(token)))
+
+    def _scan(self, text: str) -> None:
+        self._decoded += len(text)
+        self.text += self.stops.push(text, search=self.completion_tokens > self.entry.request.min_tokens)
+
+    @property
+    def _end(self) -> int | None:
+        """Tokens that begin at or after it are not part of the answer."""
+        return len(self.text) if self.stops.stopped else None
+
+    def _logprobs(self, start: int, end: int | None) -> TokenLogprobs | None:
+        if self.entry.request.num_logprobs is None:
+            return None
+        return self.scored.between(start, end, self.tokenizer)
+
+    def _prompt_logprobs(self) -> PromptLogprobs | msgspec.UnsetType:
+        if self.entry.request.prompt_logprobs is None:
+            return msgspec.UNSET
+        return prompt_logprobs(self.entry.prompt, self.scored_prompt, self.tokenizer)
 
     def _close_piece(self) -> None:
         self._uncut = []

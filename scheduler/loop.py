@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
-from protocol.plan import StepFailure, StepResult, Work, WorkerConfig, WorkerInfo
+from protocol.plan import Scored, StepFailure, StepResult, Work, WorkerConfig, WorkerInfo
 from protocol.transport import delays
 from scheduler.budget import Budget
 from scheduler.core.batch import Draft, Limits
@@ -51,7 +51,8 @@ class StepReport:
     """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` the rest of the time since the result before, or
     since there was work; it is negative when that result was read late. ``waited_s``: how long the worker had waited for the plan
     while there was work. ``prefill_tokens`` were computed; ``starts`` says how many tokens the prefix cache spared those who ran
-    for the first time. ``ok`` is false for a step that failed. ``plan_s``: how long it took to plan. ``charges``: service units
+    for the first time. ``scored`` are those of the events' tokens that were to be, ``prompts`` prompt tokens from a position on,
+    both by sequence. ``ok`` is false for a step that failed. ``plan_s``: how long it took to plan. ``charges``: service units
     that tenants were charged since the report before.
     """
 
@@ -77,6 +78,8 @@ class StepReport:
     ok: bool = True
     starts: dict[str, int] = field(default_factory=dict)
     events: list[TokenEvent] = field(default_factory=list)
+    scored: dict[str, Scored] = field(default_factory=dict)
+    prompts: dict[str, tuple[int, list[Scored]]] = field(default_factory=dict)
     given_up: list[Failure] = field(default_factory=list)
     charges: dict[str, float] = field(default_factory=dict)
 
@@ -231,7 +234,18 @@ class Engine:
         self._lead.observe(step.tokens, result.seconds, waited_s)
         self._budget.observe(step.tokens, result.seconds)
         events = self.batcher.apply(result.step, result.tokens)
-        self._report(step, step.draft.starts, seconds=result.seconds, waited_s=waited_s, events=events)
+        draft = step.draft
+        scored = {draft.samplers[index].id: scored for index, scored in result.scored.items()}
+        prompts = {draft.owners[row][0].id: (draft.rows[row].start + 1, part) for row, part in result.prompts.items()}
+        self._report(
+            step,
+            draft.starts,
+            seconds=result.seconds,
+            waited_s=waited_s,
+            events=events,
+            scored=scored,
+            prompts=prompts,
+        )
 
     def _fail(self, error: str, *, crashed: bool) -> None:
         """The oldest step failed, the others are void: the batcher looks for the one at fault, which may have no attempt left."""
@@ -271,6 +285,8 @@ class Engine:
         waited_s: float = 0.0,
         ok: bool = True,
         events: list[TokenEvent] | None = None,
+        scored: dict[str, Scored] | None = None,
+        prompts: dict[str, tuple[int, list[Scored]]] | None = None,
         given_up: list[Failure] | None = None,
     ) -> None:
         batcher, draft, now = self.batcher, step.draft, self._clock()
@@ -300,6 +316,8 @@ class Engine:
                 plan_s=step.plan_s,
                 ok=ok,
                 events=events or [],
+                scored=scored or {},
+                prompts=prompts or {},
                 given_up=given_up or [],
                 charges=batcher.queue.take_charges(),
             )

@@ -202,7 +202,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, activity, spans, flush_s)
     reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
     watch = BrokerWatch(metrics.broker_dropped)
-    turns, load = _turns(journal, engine, egress, config.engine.max_running)
+    turns, load = _turns(journal, engine, egress, text, config.engine.max_running)
     ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch, metrics, turns)
     recovery = Recovery(journal, engine, admission, delivery, egress, config.model.alias, config.engine.attempts)
     fleet = None
@@ -335,14 +335,16 @@ def _share_prefixes(systems: list[str], text: Text, engine: Engine) -> None:
         raise ConfigError(f"engine.shared_prefixes: {error}") from None
 
 
-def _turns(journal: Journal, engine: Engine, egress: Egress, max_running: int) -> tuple[Turns, Callable[[], float]]:
+def _turns(
+    journal: Journal, engine: Engine, egress: Egress, text: Text, max_running: int
+) -> tuple[Turns, Callable[[], float]]:
     """A replica's place among others, and what it tells of its load. Who shares no journal is alone."""
 
     def load() -> float:
         return len(egress) / max_running
 
     def cached(entry: Entry) -> float:
-        sequence = sequence_for(entry, engine.info)
+        sequence = sequence_for(entry, engine.info, text.backend)
         return engine.batcher.pool.cached_len(sequence) / sequence.prompt_len
 
     number = journal.number if isinstance(journal, PostgresJournal) else 0

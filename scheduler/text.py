@@ -86,21 +86,26 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text on up to the first stop string; holds back what may become one."""
+    """Passes text on up to the first stop string, or with ``include`` to its end; holds back what may become one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = stops
+        self._include = include
         self._held = ""
         self.stopped = False
 
-    def push(self, text: str) -> str:
-        """Text that may be published now; once ``stopped``, nothing follows."""
+    def push(self, text: str, *, search: bool = True) -> str:
+        """Text that may be published now; once ``stopped``, nothing follows. Without ``search`` no stop string may end here."""
+        before = len(self._held)
         text = self._held + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        # What ends in text that was held back ended too early, or it would have been found then.
+        places = [(text.find(stop, max(before + 1 - len(stop), 0)), len(stop)) for stop in self._stops if search]
+        found = [(at, length) for at, length in places if at >= 0]
         if found:
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
+            at, length = min(found)
+            return text[: at + length * self._include]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         cut = len(text) - keep
         self._held = text[cut:]

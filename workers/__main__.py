@@ -103,6 +103,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
         attention=kind.name,
+        sampling=model.sampling,
         adapters=list(config.adapters),
     )
 

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from protocol.plan import MODEL_DEFAULTS, Sampling
 from workers.attention import Attributes, LayerShape
 from workers.bridge import NAME, attending
 from workers.weights import DEMO, demo_model
@@ -32,6 +34,7 @@ class Model:
     max_model_len: int
     vocab_size: int
     eos_ids: list[int]
+    sampling: Sampling
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +82,14 @@ def adopt(module: PreTrainedModel, path: Path, max_model_len: int | None = None)
         max_model_len=min(longest, max_model_len or longest),
         vocab_size=config.vocab_size,
         eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+        sampling=_sampling(module.generation_config),
     )
+
+
+def _sampling(config: GenerationConfig | None) -> Sampling:
+    """What generation_config.json says of how tokens are drawn, and for the rest OpenAI's defaults: 1, and everything kept."""
+    given = {name: value for name in MODEL_DEFAULTS if (value := getattr(config, name, None)) is not None}
+    return msgspec.structs.replace(Sampling(temperature=1.0), **given)
 
 
 def check_config(config: PreTrainedConfig, max_model_len: int | None) -> None:

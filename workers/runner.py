@@ -1,4 +1,7 @@
-"""Executes one plan: ragged inputs, one forward pass over all rows, one sampled token for each row that asks for it."""
+"""Executes one plan: ragged inputs, one forward pass over all rows, one sampled token for each row that asks for it.
+
+Logits are kept where a token is sampled, and where a prompt's tokens are scored.
+"""
 
 import time
 from collections.abc import Callable
@@ -7,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from protocol.plan import StepPlan, StepResult
+from protocol.plan import Scored, StepPlan, StepResult
 from workers.attention import AttentionBackend, Attributes
 from workers.bridge import attending
 from workers.lora import Adapters
 from workers.sampler import Sampler
+from workers.scores import Scores, Stretch
 from workers.slots import Inputs, Slots
 
 
@@ -56,16 +60,18 @@ class Runner:
         self._backend = backend
         self._slots = Slots(max_running, blocks, backend.block_size, backend.device)
         self._sampler = Sampler(max_running, backend.device)
+        self._scores = Scores()
         self._adapters = adapters
         self._clock = clock
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
-        """Run one step; the copy of the sampled tokens is the only wait for the device."""
+        """Run one step; the copy of what was sampled is the only wait for the device."""
         begun = self._clock()
         for admission in plan.admissions:
             self._slots.admit(admission)
             self._sampler.assign(admission.slot, admission.sampling)
+            self._scores.assign(admission)
             if self._adapters:
                 self._adapters.assign(admission.slot, admission.adapter)
         self._slots.extend(plan.rows)
@@ -75,17 +81,30 @@ class Runner:
             self._adapters.use(plan.decodes + [row.slot for row in plan.rows], lengths)
         sampled = [*range(len(plan.decodes)), *_sampled(plan)]
         last = inputs.batch.query_start[1:][sampled].long() - 1
-        logits = forward(self._module, self._backend, inputs, keep=last)
-        tokens = self._sample(plan, inputs.positions[last] + 1, logits) if sampled else []
-        return StepResult(plan.step, tokens, self._clock() - begun)
+        stretches = self._scores.stretches(plan)
+        keep = torch.cat([last, *(stretch.kept(last.device) for stretch in stretches)])
+        logits = forward(self._module, self._backend, inputs, keep)
+        tokens, scored = self._sample(plan, inputs, last, logits[: len(sampled)]) if sampled else ([], {})
+        prompts = self._score(stretches, logits[len(sampled) :])
+        return StepResult(plan.step, tokens, self._clock() - begun, scored=scored, prompts=prompts)
 
-    def _sample(self, plan: StepPlan, positions: Tensor, logits: Tensor) -> list[int]:
-        """``positions``: int64, where the tokens will stand."""
+    def _sample(
+        self, plan: StepPlan, inputs: Inputs, last: Tensor, logits: Tensor
+    ) -> tuple[list[int], dict[int, Scored]]:
+        """``last``: int64 ``[n]``, which of the step's tokens these ``[n, V]`` logits are after."""
         slots = plan.decodes + [row.slot for row in plan.rows if row.sample]
-        tokens = self._sampler.sample(logits, slots, positions)
-        self._slots.tokens[slots, positions] = tokens.int()
-        result: list[int] = tokens.tolist()
-        return result
+        rows = self._slots.rows(slots, inputs.positions[last] + 1, inputs.batch.max_context_len)
+        tokens = self._sampler.sample(logits, rows)
+        self._slots.tokens[rows.index, rows.positions] = tokens.int()
+        return tokens.tolist(), self._scores.sampled(logits, slots, tokens)
+
+    def _score(self, stretches: list[Stretch], logits: Tensor) -> dict[int, list[Scored]]:
+        """The logits of all stretches, one after the other."""
+        parts = logits.split([stretch.length for stretch in stretches]) if stretches else ()
+        return {
+            stretch.row: stretch.score(part, self._slots.tokens[stretch.slot])
+            for stretch, part in zip(stretches, parts, strict=True)
+        }
 
 
 def _sampled(plan: StepPlan) -> list[int]:

@@ -1,12 +1,10 @@
-"""Batched sampling: every row with its own parameters, and draws that depend on nothing but (seed, position).
-
-The filters follow transformers' logits processors in meaning and order: temperature, top-k, top-p, min-p.
-"""
+"""Batched sampling: every row with its own parameters, and draws that depend on nothing but (seed, position)."""
 
 import torch
 from torch import Tensor
 
 from protocol.plan import Sampling
+from workers.logits import Rows, processors
 
 _MASK = 0xFFFFFFFF
 _ROUND_KEYS = (0x9E3779B9, 0xBB67AE85)
@@ -37,25 +35,6 @@ def uniform(seed: Tensor, position: Tensor) -> Tensor:
     return ((words[0] >> 5).double() * 2.0**26 + (words[1] >> 6).double()) * 2.0**-53
 
 
-def filter_top_k_top_p(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set what falls outside each row's top-k, then top-p, to -inf; logits ``[n, V]``, the rest ``[n]``; 0 and 1 are off."""
-    ordered, index = logits.sort(dim=-1, descending=True)
-    last_kept = torch.where(top_k > 0, top_k, logits.shape[-1]).clamp(max=logits.shape[-1]) - 1
-    ordered = ordered.masked_fill(ordered < ordered.gather(-1, last_kept[:, None]), -torch.inf)
-    probabilities = ordered.softmax(dim=-1)
-    mass_above = probabilities.cumsum(dim=-1) - probabilities
-    # With top_p = 1 rounding in the sum could cut the tail, so such rows are left alone.
-    outside = (mass_above >= top_p[:, None]) & (top_p[:, None] < 1)
-    outside[:, 0] = False
-    return torch.empty_like(logits).scatter_(-1, index, ordered.masked_fill(outside, -torch.inf))
-
-
-def filter_min_p(logits: Tensor, min_p: Tensor) -> Tensor:
-    """Set tokens less likely than ``min_p`` times the likeliest to -inf; logits ``[n, V]``, min_p ``[n]``; 0 is off."""
-    floor = logits.amax(dim=-1) + min_p.log()
-    return logits.masked_fill(logits < floor[:, None], -torch.inf)
-
-
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Invert each row's cumulative distribution at its uniform; logits ``[n, V]``, uniforms float64 ``[n]`` -> int64 ``[n]``."""
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
@@ -64,46 +43,46 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Sampling parameters of every slot, on the device, and the draw itself."""
+    """What every slot's tokens are drawn with, and the draw itself."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
-        self._temperature = torch.zeros(slots, device=device)
-        self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._top_p = torch.ones(slots, device=device)
-        self._min_p = torch.zeros(slots, device=device)
+        self._processors = processors(slots, device)
         self._seed = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._parameters = [Sampling()] * slots
+        self._drawn: set[int] = set()
+        self._plain = set(range(slots))
 
     def assign(self, slot: int, sampling: Sampling) -> None:
-        """From now on the slot draws with these parameters."""
-        self._parameters[slot] = sampling
+        """From now on the slot's sequence has these parameters."""
+        for processor in self._processors:
+            processor.assign(slot, sampling)
+        self._drawn.discard(slot)
         if sampling.temperature:
-            self._temperature[slot] = sampling.temperature
-            self._top_k[slot] = sampling.top_k
-            self._top_p[slot] = sampling.top_p
-            self._min_p[slot] = sampling.min_p
+            self._drawn.add(slot)
             self._seed[slot] = sampling.seed
+        self._plain.discard(slot)
+        if not sampling.temperature and not any(slot in processor.slots for processor in self._processors):
+            self._plain.add(slot)
 
-    def sample(self, logits: Tensor, slots: list[int], positions: Tensor) -> Tensor:
-        """Draw one token per row: logits ``[n, V]``; ``positions``, int64 ``[n]``, are those the tokens will stand at.
-
-        Returns int64 ``[n]``.
-        """
+    def sample(self, logits: Tensor, rows: Rows) -> Tensor:
+        """One token per row, for its position: logits ``[n, V]`` -> int64 ``[n]``."""
         tokens = logits.argmax(dim=-1)
-        rows = [row for row, slot in enumerate(slots) if self._parameters[slot].temperature]
-        if rows:
-            tokens[rows] = self._draw(logits[rows], [slots[row] for row in rows], positions[rows])
+        others = [row for row, slot in enumerate(rows.slots) if slot not in self._plain]
+        if others:
+            tokens[others] = self._choose(logits[others], rows.select(others))
         return tokens
 
-    def _draw(self, logits: Tensor, slots: list[int], positions: Tensor) -> Tensor:
-        at = torch.tensor(slots, device=logits.device)
+    def process(self, logits: Tensor, rows: Rows) -> Tensor:
+        """What each row's token is drawn from: logits ``[n, V]``, perhaps changed in place -> float32 ``[n, V]``."""
         logits = logits.float()
-        # Shifted first: a tiny temperature then drives the rest to -inf, never the likeliest to inf.
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self._temperature[at][:, None]
-        used = [self._parameters[slot] for slot in slots]
-        cut = [row for row, parameters in enumerate(used) if parameters.top_k > 0 or parameters.top_p < 1]
-        if cut:
-            logits[cut] = filter_top_k_top_p(logits[cut], self._top_k[at[cut]], self._top_p[at[cut]])
-        if any(parameters.min_p for parameters in used):
-            logits = filter_min_p(logits, self._min_p[at])
-        return draw(logits, uniform(self._seed[at], positions))
+        for processor in self._processors:
+            logits = processor.apply(logits, rows)
+        return logits
+
+    def _choose(self, logits: Tensor, rows: Rows) -> Tensor:
+        logits = self.process(logits, rows)
+        tokens = logits.argmax(dim=-1)
+        drawn = [row for row, slot in enumerate(rows.slots) if slot in self._drawn]
+        if drawn:
+            uniforms = uniform(self._seed[rows.index[drawn]], rows.positions[drawn])
+            tokens[drawn] = draw(logits[drawn], uniforms)
+        return tokens

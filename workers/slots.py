@@ -10,6 +10,7 @@ from torch import Tensor
 
 from protocol.plan import Admission, Row, StepPlan
 from workers.attention import RaggedBatch
+from workers.logits import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Slots:
     """One row per slot; changed only by what a plan sends, so a step costs what it schedules.
 
     ``tokens``: int32 ``[slots, positions]``, on the device: a token that was sampled is there for the next step, and for whatever
-    else asks what came before, without ever having been on the host.
+    else asks what came before, without ever having been on the host. ``prompt_len``: int64 ``[slots]``, there too.
     """
 
     def __init__(self, slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
@@ -35,6 +36,7 @@ class Slots:
         self._num_blocks = [0] * slots
         self._computed = np.zeros(slots, dtype=np.int64)
         self.tokens = torch.zeros(slots, max_blocks * block_size + 1, dtype=torch.int32, device=device)
+        self.prompt_len = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def admit(self, admission: Admission) -> None:
         """Whatever the slot held before is forgotten."""
@@ -42,6 +44,7 @@ class Slots:
         self._num_blocks[slot] = 0
         known = torch.tensor(admission.tokens, dtype=torch.int32)
         self.tokens[slot, : len(known)] = known.to(self._device, non_blocking=True)
+        self.prompt_len[slot] = admission.prompt_len
 
     def extend(self, rows: Iterable[Row]) -> None:
         """Append the rows' new blocks to their slots' tables."""
@@ -75,6 +78,11 @@ class Slots:
         on_device = self._to_device(positions)
         ids = self.tokens[self._to_device(slots[owner]), on_device].long()
         return Inputs(ids, on_device, batch)
+
+    def rows(self, slots: list[int], positions: Tensor, longest: int) -> Rows:
+        """Of these slots the tokens at ``positions``, int64 ``[n]``, none over ``longest``, are to be drawn."""
+        index = torch.tensor(slots, device=self._device)
+        return Rows(slots, index, positions, self.tokens[:, :longest], self.prompt_len)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)

@@ -143,7 +143,8 @@ class Batch:
 
     def admit(self, sequence: Sequence, tokens: int | None = None) -> None:
         """Give a waiting sequence a slot, and blocks for ``tokens``, by default those it has. Raises OutOfBlocks."""
-        self.pool.reuse(sequence)
+        if sequence.sampling.prompt_logprobs is None:  # else all of it must be computed
+            self.pool.reuse(sequence)
         needed = self.pool.blocks_for(len(sequence.tokens) if tokens is None else tokens)
         self.pool.grow(sequence, needed - len(sequence.blocks))
         self.counters.cached_tokens += sequence.computed
@@ -231,9 +232,9 @@ class Batch:
         draft = self.draft
         if not sequence.told:
             sequence.told = True
-            draft.admissions.append(
-                Admission(sequence.slot, sequence.tokens.copy(), sequence.sampling, sequence.adapter)
-            )
+            tokens = sequence.tokens.copy()
+            admission = Admission(sequence.slot, tokens, sequence.sampling, sequence.prompt_len, sequence.adapter)
+            draft.admissions.append(admission)
         start = sequence.computed
         sequence.computed += length
         samples = sequence.computed == len(sequence.tokens) + sequence.unseen

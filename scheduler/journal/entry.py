@@ -6,7 +6,15 @@ from typing import Protocol
 
 import msgspec
 
+from protocol.plan import Scored
 from protocol.request import Request
+
+#: A generated token, with its scores where the request asks for log probabilities.
+Token = int | Scored
+
+
+def token_id(token: Token) -> int:
+    return token.token if isinstance(token, Scored) else token
 
 
 class JournalError(Exception):
@@ -42,7 +50,7 @@ class Entry(msgspec.Struct, kw_only=True):
     expires_at: float | None = None
     attempt: int = 1
     trials: int = 0
-    records: list[list[int]] = []
+    records: list[list[Token]] = []
     reply: bytes | None = None
 
     def is_overdue(self, now: float) -> bool:
@@ -102,7 +110,7 @@ class Journal(Protocol):
     def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
         """What is known of these ids."""
 
-    def progress(self, records: Iterable[tuple[str, int, list[int]]]) -> Awaitable[Collection[str]]:
+    def progress(self, records: Iterable[tuple[str, int, list[Token]]]) -> Awaitable[Collection[str]]:
         """Write tokens as ``(id, number of the record, tokens)``. Of those ids that are returned nothing was written:
         another process has taken them over."""
 

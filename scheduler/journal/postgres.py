@@ -11,7 +11,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from scheduler.journal import members
-from scheduler.journal.entry import Entry, JournalError, Listener, Taken, digest
+from scheduler.journal.entry import Entry, JournalError, Listener, Taken, Token, digest
 from scheduler.journal.groups import GroupCommit
 from scheduler.journal.members import News, Statement, Usage
 from scheduler.journal.row import body_of, encode, load
@@ -220,7 +220,7 @@ class PostgresJournal:
 
         return self._do([self._finding(ids)], read)
 
-    def progress(self, records: Iterable[tuple[str, int, list[int]]]) -> Awaitable[Collection[str]]:
+    def progress(self, records: Iterable[tuple[str, int, list[Token]]]) -> Awaitable[Collection[str]]:
         pieces = list(records)
         ids = [id for id, _, _ in pieces]
         columns = (ids, [number for _, number, _ in pieces], [encode(tokens) for _, _, tokens in pieces])

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 import msgspec
 
 from protocol.request import Request
-from scheduler.journal.entry import Entry, Listener
+from scheduler.journal.entry import Entry, Listener, Token
 
 encode = msgspec.msgpack.encode
 _decode_listeners = msgspec.msgpack.Decoder(list[Listener]).decode
-_decode_tokens = msgspec.msgpack.Decoder(list[int]).decode
+_decode_tokens = msgspec.msgpack.Decoder(list[Token]).decode
 
 
 class _Body(msgspec.Struct, frozen=True, array_like=True):

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from scheduler.journal.entry import Entry, JournalError, Listener, Taken, digest
+from scheduler.journal.entry import Entry, JournalError, Listener, Taken, Token, digest
 from scheduler.journal.groups import GroupCommit
 from scheduler.journal.row import body_of, encode, load
 
@@ -119,7 +119,7 @@ class SqliteJournal:
     def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
         return self._do(lambda database: [_find(database, id) for id in ids])
 
-    def progress(self, records: Iterable[tuple[str, int, list[int]]]) -> Awaitable[Collection[str]]:
+    def progress(self, records: Iterable[tuple[str, int, list[Token]]]) -> Awaitable[Collection[str]]:
         rows = [(id, number, encode(tokens)) for id, number, tokens in records]
 
         def work(database: sqlite3.Connection) -> Collection[str]:

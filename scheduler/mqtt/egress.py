@@ -13,7 +13,7 @@ from scheduler.console.activity import Activity
 from scheduler.core.sequence import FinishReason
 from scheduler.deadlines import Deadlines
 from scheduler.generation import Generation, sequence_for
-from scheduler.journal.entry import Entry, Journal, Listener
+from scheduler.journal.entry import Entry, Journal, Listener, Token
 from scheduler.loop import Engine, Failure, StepReport
 from scheduler.metrics.series import Metrics
 from scheduler.mqtt.delivery import Delivery
@@ -83,7 +83,7 @@ class Egress:
             self._close(entry, Expired(entry.request_id, generated, entry.attempt), "expired")
             return
         try:
-            sequence = sequence_for(entry, self._engine.info)
+            sequence = sequence_for(entry, self._engine.info, self._text.backend)
             generation = Generation.of(entry, self._text, self._engine.now() - max(time.time() - entry.accepted_at, 0))
             self._engine.submit(sequence)
         except RequestError as error:
@@ -216,10 +216,14 @@ class Egress:
             generation = self._unstarted.pop(id, None)
             if generation is not None:
                 self._take_start(generation, cached, report.at - report.seconds)
+        for id, (first, scored) in report.prompts.items():
+            generation = self._generations.get(id)
+            if generation is not None:
+                generation.score_prompt(first, scored)
         for event in report.events:
             generation = self._generations.get(event.id)
             if generation is not None:
-                self._take_token(generation, event.token, event.finish, report.at)
+                self._take_token(generation, report.scored.get(event.id, event.token), event.finish, report.at)
         for failure in report.given_up:
             generation = self._generations.get(failure.id)
             if generation is not None:
@@ -232,7 +236,7 @@ class Egress:
         series.prompt.inc(len(generation.entry.prompt))
         series.cached.inc(cached)
 
-    def _take_token(self, generation: Generation, token: int, finish: FinishReason | None, at: float) -> None:
+    def _take_token(self, generation: Generation, token: Token, finish: FinishReason | None, at: float) -> None:
         series = self._metrics.of(generation.entry.tenant)
         series.generated.inc()
         if generation.last_token_at is not None:

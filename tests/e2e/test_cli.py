@@ -58,6 +58,13 @@ async def test_serve_submit_and_stop(tmp_path):
         assert json.loads(body)["data"]["choices"][0]["message"]["content"] == out.removesuffix("\n")
         code, _, err = await run("submit", *common, "--model", "gpt-4", "Hello")
         assert (code, err) == (1, "Error: model: gpt-4 is not served here, smollm2 is\n")
+        drawn = ("--min-tokens", "8", "--repetition-penalty", "1.2", "--frequency-penalty", "0.5", "--logprobs", "2")
+        code, body, _ = await run("submit", *common, *drawn, "--json", "Hello")
+        assert code == 0
+        told = json.loads(body)["data"]["choices"][0]["logprobs"]["content"]
+        assert [len(token["top_logprobs"]) for token in told] == [2] * 8
+        code, _, err = await run("submit", *common, "--presence-penalty", "3", "Hello")
+        assert (code, err) == (1, "Error: presence_penalty: Expected `float` <= 2.0\n")
         code, _, err = await run("submit", *common, "--priority", "101", "Hello")
         assert (code, err) == (1, "Error: priority: Expected `int` <= 100\n")
         code, _, err = await run("submit", *common, "--deadline-ms", "1", "What is the capital of France?")

@@ -9,7 +9,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from protocol import openai, plan, replies
 from protocol.errors import BadRequest
-from protocol.openai import Usage
+from protocol.openai import PromptLogprob, TokenLogprob, TokenLogprobs, TopLogprob, Usage
 from protocol.request import Message, Request, decode_request, encode_request
 
 
@@ -60,7 +60,26 @@ def test_an_openai_body_is_taken_as_it_is():
         (b'{"prompt": "a", "deadline_ms": 0}', "deadline_ms", ">= 1"),
         (b'{"prompt": "a", "deadline_ms": 604800001}', "deadline_ms", "<= 604800000"),
         (b'{"prompt": "a", "refuse_late": 1}', "refuse_late", "bool"),
-        (b'{"prompt": "a", "logprobs": true}', "body", "unknown field `logprobs`"),
+        (b'{"prompt": "a", "echo": true}', "body", "unknown field `echo`"),
+        (b'{"prompt": "a", "typical_p": 0}', "typical_p", "> 0.0"),
+        (b'{"prompt": "a", "typical_p": 1.1}', "typical_p", "<= 1.0"),
+        (b'{"prompt": "a", "repetition_penalty": 0}', "repetition_penalty", ">= 0.01"),
+        (b'{"prompt": "a", "repetition_penalty": 101}', "repetition_penalty", "<= 100"),
+        (b'{"prompt": "a", "presence_penalty": -2.1}', "presence_penalty", ">= -2"),
+        (b'{"prompt": "a", "frequency_penalty": 2.1}', "frequency_penalty", "<= 2"),
+        (b'{"prompt": "a", "logit_bias": [5]}', "logit_bias", "object"),
+        (b'{"prompt": "a", "logit_bias": {"x": 5}}', "logit_bias", "matching regex"),
+        (b'{"prompt": "a", "logit_bias": {"-1": 5}}', "logit_bias", "matching regex"),
+        (b'{"prompt": "a", "logit_bias": {"5": 101}}', "logit_bias[...]", "<= 100"),
+        (b'{"prompt": "a", "bad_words": ["x", ""]}', "bad_words[1]", "length >= 1"),
+        (b'{"prompt": "a", "min_tokens": -1}', "min_tokens", ">= 0"),
+        (b'{"prompt": "a", "min_tokens": 9, "max_tokens": 8}', "min_tokens", "at most max_tokens, 8"),
+        (b'{"prompt": "a", "logprobs": true}', "logprobs", "a number for a prompt"),
+        (b'{"prompt": "a", "logprobs": 21}', "logprobs", "<= 20"),
+        (b'{"prompt": "a", "logprobs": 2, "top_logprobs": 2}', "top_logprobs", "messages"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "logprobs": 2}', "logprobs", "a boolean for messages"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}', "top_logprobs", "logprobs = true"),
+        (b'{"prompt": "a", "prompt_logprobs": 21}', "prompt_logprobs", "<= 20"),
         (b'{"prompt": ' + b"[" * 100_000, "prompt[0]", "int"),
         (b"[" * 100_000, "body", "object"),
         (b'{"metadata": {"a": ' + b'{"a":' * 100_000, "metadata[...]", "str"),
@@ -108,6 +127,59 @@ def test_openai_models_parse_every_kind_of_answer():
     assert ChatCompletionChunk.model_validate_json(msgspec.json.encode(chat_piece)).choices[0].delta.role == "assistant"
 
 
+LOGPROBS = TokenLogprobs(
+    [
+        TokenLogprob("h", -0.5, [104], [TopLogprob("h", -0.5, [104]), TopLogprob("H", -1.5, [72])]),
+        TokenLogprob("i", -3.0, [105], [TopLogprob("\\x9f", -0.1, [0x9F]), TopLogprob("\\x9f", -0.2, [0x9E])]),
+    ],
+    [0, 1],
+)
+PROMPT_LOGPROBS = [None, {5: PromptLogprob(-0.25, 1, "a")}]
+
+
+def test_openai_models_parse_log_probabilities():
+    common = {"request_id": "r1", "created": 1700000000, "model": "smollm2", "text": "hi", "logprobs": LOGPROBS}
+    whole = {"reason": "stop", "usage": USAGE, "prompt_logprobs": PROMPT_LOGPROBS}
+    bodies = {
+        ChatCompletion: openai.answer(chat=True, **whole, **common),
+        ChatCompletionChunk: openai.piece(chat=True, reason=None, first=True, **common),
+        Completion: openai.answer(chat=False, **whole, **common),
+    }
+    parsed = {
+        model: model.model_validate_json(msgspec.json.encode(body), strict=True) for model, body in bodies.items()
+    }
+    for model in (ChatCompletion, ChatCompletionChunk):
+        first, second = parsed[model].choices[0].logprobs.content
+        assert (first.token, first.logprob, first.bytes) == ("h", -0.5, [104])
+        assert [(top.token, top.bytes) for top in second.top_logprobs] == [("\\x9f", [0x9F]), ("\\x9f", [0x9E])]
+    assert parsed[ChatCompletion].prompt_logprobs[1]["5"]["decoded_token"] == "a"  # an extra field, as vLLM has it
+    choice = parsed[Completion].choices[0]
+    assert choice.prompt_logprobs == [None, {"5": {"logprob": -0.25, "rank": 1, "decoded_token": "a"}}]
+    assert (choice.logprobs.tokens, choice.logprobs.text_offset) == (["h", "i"], [0, 1])
+    assert choice.logprobs.token_logprobs == [-0.5, -3.0]
+    assert choice.logprobs.top_logprobs == [{"h": -0.5, "H": -1.5}, {"i": -3.0, "\\x9f": -0.1}]
+
+
+def test_without_log_probabilities_nothing_is_said_of_the_prompt():
+    body = openai.answer(chat=True, request_id="r", created=1, model="m", text="", reason="stop", usage=USAGE)
+    assert b"prompt_logprobs" not in msgspec.json.encode(body)
+
+
+@pytest.mark.parametrize(
+    ("fields", "number"),
+    [
+        ({"prompt": "a"}, None),
+        ({"prompt": "a", "logprobs": 0}, 0),
+        ({"prompt": "a", "logprobs": 5}, 5),
+        ({"messages": [Message("user", "a")], "logprobs": False}, None),
+        ({"messages": [Message("user", "a")], "logprobs": True}, 0),
+        ({"messages": [Message("user", "a")], "logprobs": True, "top_logprobs": 5}, 5),
+    ],
+)
+def test_log_probabilities_are_asked_for_in_two_ways(fields, number):
+    assert decode_request(encode_request(Request(**fields))).num_logprobs == number
+
+
 def test_replies_round_trip():
     data = openai.answer(chat=True, request_id="r", created=1, model="m", text="hi", reason="stop", usage=USAGE)
     piece = openai.piece(chat=False, request_id="r", created=1, model="m", text="h", reason=None, first=True)
@@ -124,7 +196,7 @@ def test_replies_round_trip():
 
 def test_frames_round_trip():
     step = plan.StepPlan(
-        3, [plan.Admission(0, [5, 6], plan.Sampling(0.5, seed=9))], [1], [plan.Row(0, 0, 2, [1], sample=True)]
+        3, [plan.Admission(0, [5, 6], plan.Sampling(0.5, seed=9), 2)], [1], [plan.Row(0, 0, 2, [1], sample=True)]
     )
     frame = plan.frame(step)
     body = frame[plan.HEADER_BYTES :]

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from protocol import replies
-from protocol.plan import WorkerInfo
+from protocol.openai import PromptLogprob
+from protocol.plan import Scored, WorkerInfo
 from protocol.request import Message, Request
 from scheduler.generation import Generation, sequence_for
-from scheduler.journal.entry import Entry, Listener
-from tests.scheduler.test_text import byte_tokenizer
+from scheduler.journal.entry import Entry, Listener, Token
+from tests.scheduler.test_text import any_text, byte_tokenizer
 from workers.weights import demo_model
 
 INFO = WorkerInfo(
@@ -42,7 +43,7 @@ def tokenizer(name: str) -> Tokenizer:
 class Process:
     """What a service does with one entry: rebuilds it from the journal, feeds it tokens, journals pieces."""
 
-    def __init__(self, entry: Entry, backend: Tokenizer, journal: list[list[int]]) -> None:
+    def __init__(self, entry: Entry, backend: Tokenizer, journal: list[list[Token]]) -> None:
         entry = msgspec.structs.replace(entry, records=[list(record) for record in journal])
         self.sequence_output = [token for record in journal for token in record]
         self.journal = journal
@@ -59,7 +60,7 @@ class Process:
         chunks = tuple(replies.encode(generation.chunk(number)) for number in numbers)
         return generation.text[: generation.cuts[-1]], tuple(generation.cuts), chunks
 
-    def run(self, tokens: list[int], cuts: list[bool], ends: str, until: int) -> None:
+    def run(self, tokens: list[Token], cuts: list[bool], ends: str, until: int) -> None:
         """Take the tokens that aren't journalled yet, up to the one with this number."""
         for number in range(len(self.sequence_output), min(until, len(tokens))):
             finish = ends if number == len(tokens) - 1 else None
@@ -89,6 +90,9 @@ def stories(draw, backend: Tokenizer) -> dict:
             max_size=8,
         ).map(lambda parts: [token for part in parts for token in part])
     )
+    logprobs = draw(st.sampled_from([None, 0, 2]))
+    if logprobs is not None:
+        tokens = [Scored(token, -0.5, 2, [(draw(ids), -0.25)] * logprobs) for token in tokens]
     prompt = draw(st.lists(ids, min_size=1, max_size=8))
     stop = draw(st.none() | st.lists(st.text(TEXT, min_size=1, max_size=4), min_size=1, max_size=3))
     chat = draw(st.booleans())
@@ -96,6 +100,10 @@ def stories(draw, backend: Tokenizer) -> dict:
         messages=[Message("user", "Hello")] if chat else None,
         prompt=None if chat else prompt,
         stop=stop,
+        min_tokens=draw(st.sampled_from([0, 0, 3])),
+        include_stop_str_in_output=draw(st.booleans()),
+        logprobs=logprobs is not None if chat else logprobs,
+        top_logprobs=logprobs if chat else None,
         stream=draw(st.booleans()),
     )
     entry = Entry(
@@ -127,7 +135,7 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, data):
     never.run(**told, until=len(story["tokens"]))
     assert never.final is not None
 
-    journal: list[list[int]] = []
+    journal: list[list[Token]] = []
     process = Process(story["entry"], backend, journal)
     for death in story["deaths"]:
         process.run(**told, until=death)
@@ -162,6 +170,92 @@ def test_other_cuts_after_a_death_change_pieces_and_no_text(data):
     assert second.generation.completion_tokens == never.generation.completion_tokens
 
 
+def answer_of(request: Request, ids: list[int], cuts: list[bool], ends: str = "length") -> tuple[list, replies.Result]:
+    """What a request whose generation comes up with these tokens is sent: chunks and result."""
+    entry = Entry(id="a/a", model="m", request=request, prompt=[70], seed=1, accepted_at=0.0, listeners=[])
+    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer()), 0.0)
+    chunks = []
+    for number, token in enumerate(ids):
+        scored = token if request.logprobs is None else Scored(token, -float(number), 1, [])
+        reason = generation.push(scored, 0.0, ends if number == len(ids) - 1 else None)
+        if reason is not None:
+            return [*chunks, generation.last_chunk(reason)], generation.result(reason, 0.0)
+        if cuts[number] and (cut := generation.cut()) is not None:
+            chunks.append(generation.chunk(cut[0]))
+    raise AssertionError("it ends with its last token")
+
+
+#: Characters of one to four bytes, each a token: so most of them, and all stop strings of several, are cut by tokens.
+UNICODE = "aé日🚌"
+
+
+@given(data=st.data(), include=st.booleans())
+@settings(deadline=None)
+def test_nothing_after_a_stop_string_is_ever_published_and_nothing_before_it_is_withheld(data, include):
+    text = data.draw(st.text(UNICODE, min_size=1, max_size=30) | any_text.filter(bool))
+    at = data.draw(st.integers(0, len(text) - 1))
+    stops = [
+        text[at : at + data.draw(st.integers(1, 4))],
+        *data.draw(st.lists(st.text(UNICODE, min_size=1, max_size=3), max_size=2)),
+    ]
+    ids = byte_tokenizer().encode(text).ids
+    cuts = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+    request = Request(prompt="x", stop=stops, stream=True, logprobs=0, include_stop_str_in_output=include)
+    chunks, result = answer_of(request, ids, cuts)
+    # The first to be complete is the one; of those that end with the same character the leftmost.
+    end, begin = min((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
+    wanted = text[:end] if include else text[:begin]
+    assert result.text == wanted
+    assert "".join(chunk.text for chunk in chunks) == wanted
+    assert result.finish_reason == "stop"
+    # Nor do log probabilities tell of what comes after; those of the chunks together are those of the result.
+    told = result.data.choices[0].logprobs
+    assert told.token_logprobs == [-float(number) for number in range(len(wanted.encode()))]
+    assert [score for chunk in chunks for score in chunk.data.choices[0].logprobs.token_logprobs] == told.token_logprobs
+    assert told.text_offset == [at for at, char in enumerate(wanted) for _ in char.encode()]
+
+
+def test_stop_strings_are_not_looked_for_before_min_tokens():
+    ids = byte_tokenizer().encode("abcabcabc").ids
+    for least, text in ((0, "a"), (2, "a"), (3, "abca"), (6, "abcabca")):
+        _, result = answer_of(Request(prompt="x", stop="bc", min_tokens=least), ids, [False] * len(ids))
+        assert result.text == text
+    _, result = answer_of(Request(prompt="x", stop=["abca", "b"], min_tokens=3), ids, [False] * len(ids))
+    assert result.text == ""  # it began early and ended late enough, unlike the "b" that was held back with it
+
+
+def test_a_stop_token_is_part_of_the_text_only_on_request():
+    ids = byte_tokenizer().encode("ab.").ids
+    for include, text, scores in ((False, "ab", [-0.0, -1.0]), (True, "ab.", [-0.0, -1.0, -2.0])):
+        request = Request(prompt="x", logprobs=0, include_stop_str_in_output=include)
+        _, result = answer_of(request, ids, [False] * 3, ends="stop")
+        assert (result.text, result.usage.completion_tokens, result.finish_reason) == (text, 3, "stop")
+        assert result.data.choices[0].logprobs.token_logprobs == scores
+
+
+def test_a_prompt_s_scores_come_with_the_result_however_often_they_were_computed():
+    entry = Entry(
+        id="a/a",
+        model="m",
+        request=Request(prompt="x", prompt_logprobs=1),
+        prompt=byte_tokenizer().encode("héh").ids,
+        seed=1,
+        accepted_at=0.0,
+        listeners=[],
+    )
+    _, first, second, last = entry.prompt
+    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer()), 0.0)
+    generation.score_prompt(1, [Scored(first, -1.0, 3, [(last, -0.5)]), Scored(second, -2.0, 1, [(second, -2.0)])])
+    generation.score_prompt(2, [Scored(second, -2.0, 1, [(second, -2.0)]), Scored(last, -3.0, 9, [(first, -0.1)])])
+    generation.push(last, 0.0, "length")
+    assert generation.result("length", 0.0).data.choices[0].prompt_logprobs == [
+        None,
+        {last: PromptLogprob(-0.5, 1, "h"), first: PromptLogprob(-1.0, 3, "\\xc3")},
+        {second: PromptLogprob(-2.0, 1, "\\xa9")},
+        {first: PromptLogprob(-0.1, 1, "\\xc3"), last: PromptLogprob(-3.0, 9, "h")},
+    ]
+
+
 def test_the_batcher_goes_on_after_the_journalled_tokens():
     entry = Entry(
         id="alice/a",
@@ -172,10 +266,10 @@ def test_the_batcher_goes_on_after_the_journalled_tokens():
         accepted_at=0.0,
         listeners=[],
         expires_at=2e9,
-        records=[[7], [8, 9]],
+        records=[[7], [Scored(8, -0.5, 1, []), 9]],
     )
-    sequence = sequence_for(entry, INFO)
+    sequence = sequence_for(entry, INFO, byte_tokenizer())
     assert (sequence.tokens, sequence.prompt_len, sequence.max_tokens) == ([1, 2, 7, 8, 9], 2, 10)
     assert sequence.sampling.seed == 5
     assert (sequence.priority, sequence.deadline) == (-3, 2e9)
-    assert sequence_for(msgspec.structs.replace(entry, expires_at=None), INFO).deadline == math.inf
+    assert sequence_for(msgspec.structs.replace(entry, expires_at=None), INFO, byte_tokenizer()).deadline == math.inf

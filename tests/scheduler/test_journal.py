@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from protocol.plan import Scored
 from protocol.request import decode_request
 from scheduler.journal import sqlite
 from scheduler.journal.entry import Listener, Taken, digest
@@ -84,6 +85,7 @@ async def test_a_write_counts_from_the_moment_it_is_queued(journal):
         ('{"prompt": "x", "seed": 1}', '{ "seed":1,\n"prompt":"\\u0078" }'),
         ('{"prompt": "x"}', '{"prompt": "x", "n": 1, "stream": false, "stop": null}'),
         ('{"prompt": "x", "temperature": 1}', '{"prompt": "x", "temperature": 1.0}'),
+        ('{"prompt": "x", "logit_bias": {"5": 1, "6": 2}}', '{"prompt": "x", "logit_bias": {"6": 2.0, "5": 1.0}}'),
         ('{"prompt": "x", "metadata": {"a": "1", "b": "2"}}', '{"prompt": "x", "metadata": {"b": "2", "a": "1"}}'),
     ],
 )
@@ -107,6 +109,16 @@ def test_the_model_and_every_field_count_in_a_digest():
         '{"prompt": "x", "priority": 1}',
         '{"prompt": "x", "deadline_ms": 5}',
         '{"prompt": "x", "refuse_late": true}',
+        '{"prompt": "x", "typical_p": 0.5}',
+        '{"prompt": "x", "repetition_penalty": 1.5}',
+        '{"prompt": "x", "presence_penalty": 0.5}',
+        '{"prompt": "x", "frequency_penalty": 0.5}',
+        '{"prompt": "x", "logit_bias": {"5": 1, "6": 2}}',
+        '{"prompt": "x", "bad_words": ["a"]}',
+        '{"prompt": "x", "min_tokens": 5}',
+        '{"prompt": "x", "logprobs": 0}',
+        '{"prompt": "x", "prompt_logprobs": 0}',
+        '{"prompt": "x", "include_stop_str_in_output": true}',
     ]
     digests = {digest(model, decode_request(body.encode())) for body in bodies for model in ("tiny", "huge")}
     assert len(digests) == 2 * len(bodies)
@@ -147,7 +159,7 @@ async def test_a_row_of_the_first_release_is_of_a_request_that_never_expires(pat
 
 
 async def test_an_entry_comes_back_as_it_was_with_its_pieces_in_order(place):
-    pieces = [[number, 2**31 - 1] for number in range(12)]
+    pieces = [[number, 2**31 - 1, Scored(number, -0.5, 3, [(7, -0.25)] * (number % 3))] for number in range(12)]
     listeners = [Listener("tokenbus/v1/alice/out/a"), Listener("tokenbus/v1/alice/out/b", b"correlation")]
     async with opened(place) as journal:
         await journal.accept([entry("alice/a", expires_at=2_000.25)])

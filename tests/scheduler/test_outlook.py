@@ -22,6 +22,7 @@ from scheduler.journal.entry import Entry
 from scheduler.loop import Engine, StepReport
 from scheduler.outlook import Outlook
 from tests.scheduler.test_generation import INFO
+from tests.scheduler.test_text import byte_tokenizer
 
 FIXED_S, TOKEN_S = 0.010, 0.001
 SEATS = 8
@@ -247,7 +248,7 @@ class Service:
     def begin(self, *entries: Entry) -> None:
         for one in entries:
             self.outlook.begin(one)
-            self.engine.submit(sequence_for(one, INFO))
+            self.engine.submit(sequence_for(one, INFO, byte_tokenizer()))
 
     async def until_done(self, id: str) -> float:
         """When it was."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from protocol.plan import Sampling
+from protocol.plan import Sampling, Scored
 from scheduler.core import policies
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher
@@ -50,6 +50,8 @@ class LocalEngine:
         self.batcher = Batcher(Limits(running, budget, longest, max_adapters), pool, policies.create(policy))
         self.runner = Runner(model.module, backend, max_running=running, max_model_len=longest, adapters=loaded)
         self.outputs: dict[str, list[int]] = {}
+        self.scored: dict[str, list[Scored]] = {}
+        self.prompts: dict[str, dict[int, Scored]] = {}
 
     def submit(
         self,
@@ -70,6 +72,12 @@ class LocalEngine:
         if plan is None:
             return False
         result = self.runner.step(plan)
+        draft = self.batcher.draft_of(plan)
+        for index, scored in result.scored.items():
+            self.scored.setdefault(draft.samplers[index].id, []).append(scored)
+        for index, part in result.prompts.items():
+            (sequence, _), row = draft.owners[index], plan.rows[index]
+            self.prompts.setdefault(sequence.id, {}).update(enumerate(part, start=row.start + 1))
         for event in self.batcher.apply(result.step, result.tokens):
             self.outputs[event.id].append(event.token)
         return True

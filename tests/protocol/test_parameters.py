@@ -1,0 +1,41 @@
+"""The table of parameters in docs/protocol.md is what the code says, and nothing of OpenAI's API is left out."""
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+
+from protocol import parameters
+from protocol.errors import BadRequest
+from protocol.request import Request, decode_request
+
+PAGE = (Path(__file__).parents[2] / "docs/protocol.md").read_text()
+OPENAI = {
+    name
+    for kind in (completion_create_params.CompletionCreateParamsBase, chat_create_params.CompletionCreateParamsBase)
+    for name in kind.__required_keys__ | kind.__optional_keys__
+}
+
+
+def test_the_page_holds_the_table_that_the_code_makes():
+    assert parameters.table() in PAGE, "run `python -m protocol.parameters` and put its table into docs/protocol.md"
+
+
+def test_every_field_is_explained_and_nothing_else():
+    assert list(parameters.MEANINGS) == list(Request.__struct_fields__)
+
+
+def test_the_page_names_what_is_refused_of_openai_s_parameters():
+    (sentence,) = re.findall(r"^Of OpenAI's parameters (.*) are refused", PAGE, flags=re.MULTILINE)
+    refused = re.findall(r"`(\w+)`", sentence)
+    expected = sorted(OPENAI - set(Request.__struct_fields__))
+    assert refused == expected, "the page should say " + ", ".join(f"`{name}`" for name in expected)
+
+
+@pytest.mark.parametrize("name", sorted(OPENAI - set(Request.__struct_fields__)))
+def test_what_is_refused_is_refused_by_name(name):
+    with pytest.raises(BadRequest, match=f"unknown field `{name}`"):
+        decode_request(msgspec.json.encode({"prompt": "a", name: None}))
