@@ -24,8 +24,13 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 WeightsName = Literal["auto", "plain", "float32", "bfloat16", "int8"]
 
 
+#: How a worker drafts that has no draft model.
+NGRAM = "ngram"
+
+
 class WorkerConfig(msgspec.Struct, frozen=True):
-    """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold."""
+    """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``speculation``: how
+    it drafts, `NGRAM` or the directory of a draft model, if it does."""
 
     model: str
     dtype: DtypeName
@@ -39,6 +44,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     max_batch_tokens: int
     max_model_len: int | None
     weights: WeightsName = "auto"
+    speculation: str | None = None
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -73,6 +79,15 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     sample: bool
 
 
+class Verification(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A decode of which the worker may guess the next tokens: with the slot's last token at most ``drafts`` drafted ones are
+    computed, wherever the slot stands by then. ``new_blocks`` as in a `Row`; there are blocks for all of them."""
+
+    slot: int
+    drafts: int
+    new_blocks: list[int]
+
+
 class Work(msgspec.Struct, frozen=True):
     """How much a step computes: ``tokens`` in ``rows``; ``context`` positions whose KV is read, each row's once; ``attended``
     pairs of a token and a position that it sees."""
@@ -85,7 +100,7 @@ class Work(msgspec.Struct, frozen=True):
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """``decodes`` are slots that compute their last token, the one after all that is computed, and sample the next: most of a
-    step, so nothing more is said of them. ``rows`` are all others.
+    step, so nothing more is said of them. ``verifications`` are those that speculate; ``rows`` are all others.
 
     After a `StepFailure` the scheduler sends an `Admission` for every sequence of that step again.
     """
@@ -94,6 +109,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     admissions: list[Admission]
     decodes: list[int]
     rows: list[Row]
+    verifications: list[Verification] = []
 
     @property
     def num_sampled(self) -> int:
@@ -108,15 +124,28 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Are you there?"""
 
 
+class Verdict(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What came of a `Verification`: of so many ``drafted`` tokens the accepted ones, and the one sampled after them."""
+
+    drafted: int
+    tokens: list[int]
+
+    @property
+    def accepted(self) -> int:
+        return len(self.tokens) - 1
+
+
 class StepResult(msgspec.Struct, frozen=True, tag=True):
-    """``tokens``: one id for each of the ``decodes``, then for each row with ``sample``. ``seconds``: the worker's own time for
-    the step; ``waited_s``: from the end of the step before until it had the plan, whether there was work or not.
+    """``tokens``: one id for each of the ``decodes``, then for each row with ``sample``; ``verdicts``: one for each of the
+    ``verifications``. ``seconds``: the worker's own time for the step; ``waited_s``: from the end of the step before until it
+    had the plan, whether there was work or not.
     """
 
     step: int
     tokens: list[int]
     seconds: float
     waited_s: float = 0.0
+    verdicts: list[Verdict] = []
 
 
 class StepFailure(msgspec.Struct, frozen=True, tag=True):

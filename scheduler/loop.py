@@ -19,6 +19,7 @@ from scheduler.core.batcher import Batcher, TokenEvent
 from scheduler.core.blocks import BlockPool
 from scheduler.core.policies.base import Policy
 from scheduler.core.sequence import Sequence
+from scheduler.core.speculation import Speculation
 from scheduler.lead import Lead
 from scheduler.worker import Worker, WorkerDied
 
@@ -50,7 +51,7 @@ class StepReport:
     """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` the rest of the time since the result before, or
     since there was work; it is negative when that result was read late. ``waited_s``: how long the worker had waited for the plan
     while there was work. ``prefill_tokens`` were computed; ``starts`` says how many tokens the prefix cache spared those who ran
-    for the first time. ``ok`` is false for a step that failed.
+    for the first time. ``accepted``: drafts of each verification that drafted any. ``ok`` is false for a step that failed.
     """
 
     step: int
@@ -69,9 +70,11 @@ class StepReport:
     recomputed_tokens: int
     late_tokens: int
     cached_tokens: int
+    rejected_tokens: int
     worker_restarts: int
     ok: bool = True
     starts: dict[str, int] = field(default_factory=dict)
+    accepted: list[int] = field(default_factory=list)
     events: list[TokenEvent] = field(default_factory=list)
     given_up: list[Failure] = field(default_factory=list)
 
@@ -102,9 +105,11 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         *,
         prefix_cache: bool = True,
+        speculation: Speculation | None = None,
         lead: Lead | None = None,
     ) -> None:
         self._config = config
+        self._speculation = speculation
         self._policy = policy
         self._patience = patience
         self._prefix_cache = prefix_cache
@@ -126,7 +131,7 @@ class Engine:
         info = self.info = self._worker.info
         limits = Limits(self._config.max_running, self._config.max_batch_tokens, info.max_model_len)
         pool = BlockPool(info.num_blocks, info.block_size, prefix_cache=self._prefix_cache)
-        self.batcher = Batcher(limits, pool, self._policy)
+        self.batcher = Batcher(limits, pool, self._policy, self._speculation)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -216,9 +221,17 @@ class Engine:
         self._pauses = delays()
         step = self._in_flight.popleft()
         waited_s = 0.0 if step.after_rest else result.waited_s
-        self._lead.observe(step.tokens, result.seconds, waited_s)
-        events = self.batcher.apply(result.step, result.tokens)
-        self._report(step.draft, step.draft.starts, seconds=result.seconds, waited_s=waited_s, events=events)
+        events = self.batcher.apply(result.step, result.tokens, result.verdicts)
+        self._lead.observe(step.draft.tokens, result.seconds, waited_s)
+        accepted = [verdict.accepted for verdict in result.verdicts if verdict.drafted]
+        self._report(
+            step.draft,
+            step.draft.starts,
+            seconds=result.seconds,
+            waited_s=waited_s,
+            accepted=accepted,
+            events=events,
+        )
 
     def _fail(self, error: str, *, crashed: bool) -> None:
         """The oldest step failed, the others are void: the batcher looks for the one at fault, which may have no attempt left."""
@@ -257,6 +270,7 @@ class Engine:
         seconds: float = 0.0,
         waited_s: float = 0.0,
         ok: bool = True,
+        accepted: list[int] | None = None,
         events: list[TokenEvent] | None = None,
         given_up: list[Failure] | None = None,
     ) -> None:
@@ -282,8 +296,10 @@ class Engine:
                 recomputed_tokens=batcher.counters.recomputed_tokens,
                 late_tokens=batcher.counters.late_tokens,
                 cached_tokens=batcher.counters.cached_tokens,
+                rejected_tokens=batcher.counters.rejected_tokens,
                 worker_restarts=self.worker_restarts,
                 ok=ok,
+                accepted=accepted or [],
                 events=events or [],
                 given_up=given_up or [],
             )

@@ -8,6 +8,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _GAP_SECONDS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _TTFT_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_DRAFTS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 
 
 class Metrics:
@@ -76,7 +77,13 @@ class Metrics:
             registry=registry,
         )
         self.batch_size = Histogram("tokenbus_batch_rows", "Sequences in a step", buckets=_ROWS, registry=registry)
-        self._totals = dict.fromkeys(("preemptions", "recompute", "ended", "cached", "restarts"), 0)
+        self.accepted_drafts = Histogram(
+            "tokenbus_accepted_draft_tokens",
+            "Drafted tokens that were accepted, of those of a sequence in a step",
+            buckets=_DRAFTS,
+            registry=registry,
+        )
+        self._totals = dict.fromkeys(("preemptions", "recompute", "ended", "speculation", "cached", "restarts"), 0)
 
     def observe_step(self, report: StepReport) -> None:
         """Take in one iteration."""
@@ -87,6 +94,7 @@ class Metrics:
         self.preemptions.inc(self._growth("preemptions", report.preemptions))
         self.wasted.labels("recompute").inc(self._growth("recompute", report.recomputed_tokens))
         self.wasted.labels("ended").inc(self._growth("ended", report.late_tokens))
+        self.wasted.labels("speculation").inc(self._growth("speculation", report.rejected_tokens))
         self.tokens.labels("cached").inc(self._growth("cached", report.cached_tokens))
         self.worker_restarts.inc(self._growth("restarts", report.worker_restarts))
 
@@ -97,6 +105,8 @@ class Metrics:
         self.tokens.labels("prefill").inc(report.prefill_tokens)
         self.tokens.labels("decode").inc(report.decode_tokens)
         self.tokens.labels("generated").inc(len(report.events))
+        for accepted in report.accepted:
+            self.accepted_drafts.observe(accepted)
 
     def _growth(self, name: str, total: int) -> int:
         """How far a running total of the batcher has grown since the last report."""

@@ -158,7 +158,13 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     """Everything, from the worker outwards; the journal before the transport, for whose file it is, its session it is."""
     metrics = Metrics()
     policy = policies.create(config.engine.policy, config.weights())
-    engine = Engine(config.worker(), _patience(config), policy, prefix_cache=config.engine.prefix_cache)
+    engine = Engine(
+        config.worker(),
+        _patience(config),
+        policy,
+        prefix_cache=config.engine.prefix_cache,
+        speculation=config.speculation(),
+    )
     health = Health()
     http = HttpServer(
         config.metrics.host,

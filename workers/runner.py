@@ -1,4 +1,8 @@
-"""Executes one plan: ragged inputs, one forward pass over all rows, one sampled token for each row that asks for it."""
+"""Executes one plan: ragged inputs, one forward pass over all rows, one sampled token for each row that asks for it.
+
+Where a plan lets the worker speculate, the drafts stand in the slot's history behind its last token, so they are computed like
+any other tokens; each place is sampled as if it were the last.
+"""
 
 import time
 from collections.abc import Callable
@@ -7,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from protocol.plan import StepPlan, StepResult
+from protocol.plan import StepPlan, StepResult, Verdict
 from workers.attention import AttentionBackend, Attributes
 from workers.bridge import attending
+from workers.drafts import Drafter, judge
 from workers.sampler import Sampler
 from workers.slots import Inputs, Slots
 
@@ -47,6 +52,7 @@ class Runner:
         *,
         max_running: int,
         max_model_len: int,
+        drafter: Drafter | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         blocks = -(-max_model_len // backend.block_size)
@@ -54,6 +60,7 @@ class Runner:
         self._backend = backend
         self._slots = Slots(max_running, blocks, backend.block_size, backend.device)
         self._sampler = Sampler(max_running, backend.device)
+        self._drafter = drafter
         self._clock = clock
 
     @torch.inference_mode()
@@ -63,21 +70,53 @@ class Runner:
         for admission in plan.admissions:
             self._slots.admit(admission)
             self._sampler.assign(admission.slot, admission.sampling)
-        self._slots.extend(plan.rows)
-        inputs = self._slots.inputs(plan)
+        self._slots.extend((*plan.rows, *plan.verifications))
+        drafted = self._draft(plan)
+        inputs = self._slots.inputs(plan, drafted)
+        if self._drafter is not None:
+            self._drafter.follow(inputs)
         sampled = [*range(len(plan.decodes)), *_sampled(plan)]
-        last = inputs.batch.query_start[1:][sampled].long() - 1
-        logits = forward(self._module, self._backend, inputs, keep=last)
-        tokens = self._sample(plan, inputs.positions[last] + 1, logits) if sampled else []
-        return StepResult(plan.step, tokens, self._clock() - begun)
+        keep = inputs.batch.query_start[1:][sampled].long() - 1
+        if drafted:
+            verified = torch.arange(len(inputs.ids) - sum(drafted) - len(drafted), len(inputs.ids), device=keep.device)
+            keep = torch.cat([keep, verified])
+        logits = forward(self._module, self._backend, inputs, keep=keep)
+        tokens, verdicts = self._sample(plan, drafted, inputs, keep, logits) if len(keep) else ([], [])
+        return StepResult(plan.step, tokens, self._clock() - begun, verdicts=verdicts)
 
-    def _sample(self, plan: StepPlan, positions: Tensor, logits: Tensor) -> list[int]:
-        """``positions``: int64, where the tokens will stand."""
+    def _draft(self, plan: StepPlan) -> list[int]:
+        """How many tokens were drafted for each verification."""
+        if not plan.verifications:
+            return []
+        assert self._drafter is not None, "only who drafts is asked to"
+        return self._drafter.draft(self._slots, plan.verifications)
+
+    def _sample(
+        self, plan: StepPlan, drafted: list[int], inputs: Inputs, keep: Tensor, logits: Tensor
+    ) -> tuple[list[int], list[Verdict]]:
+        """One token after each of the tokens at ``keep``, int64; with those the history goes on."""
         slots = plan.decodes + [row.slot for row in plan.rows if row.sample]
+        plain = len(slots)
+        for verification, drafts in zip(plan.verifications, drafted, strict=True):
+            slots += [verification.slot] * (1 + drafts)
+        positions = inputs.positions[keep] + 1
         tokens = self._sampler.sample(logits, slots, positions)
         self._slots.tokens[slots, positions] = tokens.int()
-        result: list[int] = tokens.tolist()
-        return result
+        if not drafted:
+            return tokens.tolist(), []
+        sampled, computed = torch.stack([tokens, inputs.ids[keep]]).tolist()
+        return sampled[:plain], self._judge(plan, drafted, sampled[plain:], computed[plain:])
+
+    def _judge(self, plan: StepPlan, drafted: list[int], sampled: list[int], computed: list[int]) -> list[Verdict]:
+        """``sampled`` after each of the ``computed`` tokens: of each verification the slot's last one, then its drafts."""
+        verdicts, start = [], 0
+        for verification, drafts in zip(plan.verifications, drafted, strict=True):
+            end = start + 1 + drafts
+            verdict = judge(sampled[start:end], computed[start + 1 : end])
+            self._slots.roll_back(verification.slot, drafts - verdict.accepted)
+            verdicts.append(verdict)
+            start = end
+        return verdicts
 
 
 def _sampled(plan: StepPlan) -> list[int]:
