@@ -88,13 +88,13 @@ class Histories(RuleBasedStateMachine):
     @initialize(
         running=st.integers(1, 5),
         extra_budget=st.integers(0, 12),
-        blocks=st.integers(3, 14),
-        size=st.integers(1, 4),
+        blocks=st.integers(3, 16),
+        size=st.sampled_from([1, 2, 3, 4, 4, 4]),
         ahead=st.integers(1, 2),
         cache=st.booleans(),
         policy=st.sampled_from(["fair", "fair", *policies.NAMES]),
         public=st.integers(0, 12),
-        drafts=st.integers(0, 3),
+        drafts=st.sampled_from([0, 1, 2, 3, 3]),
         cheap=st.integers(2, 12),
     )
     def start(self, running, extra_budget, blocks, size, ahead, cache, policy, public, drafts, cheap):
@@ -119,7 +119,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(
         prompt=st.integers(1, 12),
-        max_tokens=st.integers(1, 10),
+        max_tokens=st.integers(1, 20),
         poison=st.none() | st.integers(0, 12),
         tenant=st.sampled_from("abc"),
         like=st.none() | st.integers(0, 1),
@@ -209,6 +209,15 @@ class Histories(RuleBasedStateMachine):
             shared = self.batcher.pool.num_blocks - self.batcher.pool.num_free
             assert self.batcher.pool.num_free > free or shared, "an ended sequence frees its blocks in that iteration"
 
+    @rule(steps=st.integers(1, 6))
+    def run(self, steps):
+        """Steps without an incident between them, as many planned ahead as may be."""
+        for _ in range(steps):
+            for _ in range(self.ahead):
+                self.plan()
+            if self.in_flight:
+                self.apply()
+
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
     def cancel(self, data):
@@ -270,8 +279,7 @@ class Histories(RuleBasedStateMachine):
         for _ in range(20 * work + 20):
             if not len(self.batcher):
                 break
-            self.plan()
-            self.apply()
+            self.run(1)
         assert not len(self.batcher), "no history may end in a standstill"
         assert self.ended == set(self.sequences)
 
