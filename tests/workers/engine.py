@@ -1,25 +1,31 @@
 """Batcher and runner in one process, so that a test decides what comes when."""
 
 import random
+from collections import deque
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from protocol.plan import Sampling
+from protocol.plan import Sampling, StepResult
 from scheduler.core import policies
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher
 from scheduler.core.blocks import BlockPool
 from scheduler.core.policies import PolicyName
 from scheduler.core.sequence import Sequence
+from scheduler.core.speculation import Speculation
 from workers.attention import choose
-from workers.model import adopt
+from workers.draft_model import DraftModel
+from workers.drafts import Drafter, NGram
+from workers.model import Model, adopt
 from workers.packing import pack
 from workers.runner import Runner
 
 
 class LocalEngine:
+    """``draft``: ``ngram``, or a draft model; then at most ``max_draft`` tokens are drafted, in steps of less than ``cheap``."""
+
     def __init__(
         self,
         module: PreTrainedModel,
@@ -33,18 +39,28 @@ class LocalEngine:
         longest: int = 128,
         policy: PolicyName = "fair",
         prefix_cache: bool = False,
+        draft: str | PreTrainedModel | None = None,
+        max_draft: int = 5,
+        cheap: int = 64,
     ) -> None:
+        def backend(model: Model):
+            kind = choose(
+                attention, model.device, torch.float32, model.layers, block_size=block_size, attributes=model.attributes
+            )
+            return kind(model.layers, blocks, block_size, torch.float32, model.device)
+
         model = adopt(module, Path())
-        device = torch.device("cpu")
-        kind = choose(
-            attention, device, torch.float32, model.layers, block_size=block_size, attributes=model.attributes
-        )
         pack(model.module, weights)
-        backend = kind(model.layers, blocks, block_size, torch.float32, device)
+        drafter: Drafter | None = NGram() if draft == "ngram" else None
+        if isinstance(draft, PreTrainedModel):
+            guessing = adopt(draft, Path())
+            drafter = DraftModel(guessing, backend(guessing))
         pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
-        self.batcher = Batcher(Limits(running, budget, longest), pool, policies.create(policy))
-        self.runner = Runner(model.module, backend, max_running=running, max_model_len=longest)
+        speculation = Speculation(max_draft, cheap) if drafter else None
+        self.batcher = Batcher(Limits(running, budget, longest), pool, policies.create(policy), speculation)
+        self.runner = Runner(model.module, backend(model), max_running=running, max_model_len=longest, drafter=drafter)
         self.outputs: dict[str, list[int]] = {}
+        self.accepted: list[tuple[int, int]] = []
 
     def submit(
         self, id: str, prompt: list[int], length: int, sampling: Sampling | None = None, stop=frozenset()
@@ -53,17 +69,31 @@ class LocalEngine:
         self.batcher.submit(Sequence(id, prompt, max_tokens=length, stop_ids=stop, sampling=sampling or Sampling()))
 
     def step(self) -> bool:
-        plan = self.batcher.plan()
-        if plan is None:
+        result = self.run_next()
+        if result is None:
             return False
-        result = self.runner.step(plan)
-        for event in self.batcher.apply(result.step, result.tokens):
-            self.outputs[event.id].append(event.token)
+        self.apply(result)
         return True
 
-    def finish(self) -> dict[str, list[int]]:
-        while self.step():
-            pass
+    def run_next(self) -> StepResult | None:
+        """Plan a step and run it; its result may be applied later."""
+        plan = self.batcher.plan()
+        return None if plan is None else self.runner.step(plan)
+
+    def apply(self, result: StepResult) -> None:
+        self.accepted += [(verdict.accepted, verdict.drafted) for verdict in result.verdicts]
+        for event in self.batcher.apply(result.step, result.tokens, result.verdicts):
+            self.outputs[event.id].append(event.token)
+
+    def finish(self, *, ahead: int = 1) -> dict[str, list[int]]:
+        """Until all have ended, with so many steps planned before the first one's result is known."""
+        results: deque[StepResult] = deque()
+        while True:
+            while len(results) < ahead and (result := self.run_next()) is not None:
+                results.append(result)
+            if not results:
+                break
+            self.apply(results.popleft())
         assert self.batcher.pool.num_free == self.batcher.pool.num_blocks
         return self.outputs
 
