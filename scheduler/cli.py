@@ -56,6 +56,7 @@ _BENCHMARKS = (
     "scale",
     "overlap",
     "overhead",
+    "speculation",
 )
 
 
