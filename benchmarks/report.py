@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.report`` after ``tokenbus bench ladder --json > benchmarks/results/ladder.json`` and
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
-``accept.json`` is ``bench accept``. ``planning.json``, ``fairness.json`` and ``prefix.json`` are the benchmarks of those
-names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
-``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
+``accept.json`` is ``bench accept``. ``planning.json``, ``fairness.json``, ``prefix.json`` and ``speculation.json`` are the
+benchmarks of those names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``,
+``suites.json`` ``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
 """
 
 import re
@@ -22,6 +22,7 @@ from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
 from benchmarks.scale import ScaleFigures
 from benchmarks.serve import ServeFigures
+from benchmarks.speculation import SpeculationFigures
 from scheduler.simulation import figures as simulated
 from scheduler.simulation.suites import SuiteFigures, TimeToFirst
 
@@ -144,6 +145,20 @@ def prefix_line(figures: PrefixFigures) -> str:
     )
 
 
+def speculation_table(figures: SpeculationFigures) -> str:
+    lines = [
+        "| at once | requests | steps, without and with | output tokens/s, without and with | right drafts | same tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {case.batch} | {case.requests} | {case.off.steps:,} and {case.on.steps:,} ({case.step_ratio:.2f}x fewer) | "
+        f"{case.off.output_tokens_per_s:.1f} and {case.on.output_tokens_per_s:.1f} ({case.rate_ratio:.2f}x) | "
+        f"{case.on.acceptance:.0%} of {case.on.drafted_tokens:,} | {'all' if case.same_tokens else 'not all'} |"
+        for case in figures.batches
+    ]
+    return "\n".join([*lines, "", f"`{figures.speculation}`, medians of {figures.rounds} rounds in turn."])
+
+
 def _read(name: str, kind: type[T]) -> T:
     return msgspec.json.decode((RESULTS / name).read_bytes(), type=kind)
 
@@ -177,6 +192,9 @@ PAGES: dict[str, dict[str, Text]] = {
     },
     "docs/scheduling.md": {
         "suites": lambda: suites_table(_read("suites.json", list[SuiteFigures])),
+    },
+    "docs/speculation.md": {
+        "speculation": lambda: _when_measured("speculation.json", SpeculationFigures, speculation_table),
     },
     "docs/scale.md": {
         "load": _simulated(scale_text.load_text),
