@@ -12,6 +12,7 @@ from benchmarks import report
 from benchmarks.fairness import FairnessFigures
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
+from benchmarks.speculation import SpeculationFigures
 from benchmarks.workload import load, mixed
 from tests.workers.models import save, servable, tiny
 
@@ -32,8 +33,12 @@ def served(tmp_path_factory) -> str:
 
 
 def bench(name: str, *arguments: str) -> dict:
+    return call(name, "--max-running", "4", *arguments)
+
+
+def call(name: str, *arguments: str) -> dict:
     done = subprocess.run(
-        [sys.executable, "-m", "scheduler.cli", "bench", name, "--json", "--max-running", "4", *arguments],
+        [sys.executable, "-m", "scheduler.cli", "bench", name, "--json", *arguments],
         capture_output=True,
         text=True,
         check=True,
@@ -113,6 +118,22 @@ def test_fairness_serves_both_policies_the_same_arrivals_and_sees_the_difference
     assert ours["largest_gap"] < theirs["largest_gap"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"the bound is {figures['bound']:,.0f}." in report.fairness_text(msgspec.convert(figures, FairnessFigures))
+
+
+def test_speculation_writes_the_same_tokens_in_fewer_steps(tmp_path):
+    model = servable(tmp_path, vocab_size=49152, initializer_range=0.02)
+    sizes = ("--batch", "1", "--batch", "3", "--single", "2", "--output-tokens", "40", "--rounds", "1")
+    figures = call("speculation", "--model", str(model), *sizes)
+    assert [(case["batch"], case["requests"]) for case in figures["batches"]] == [(1, 2), (3, 3)]
+    for case in figures["batches"]:
+        off, on = case["off"], case["on"]
+        assert case["same_tokens"]
+        assert off["output_tokens"] == on["output_tokens"] > 0
+        assert off["drafted_tokens"] == 0 < on["drafted_tokens"]
+        assert case["step_ratio"] == off["steps"] / on["steps"]
+        assert case["rate_ratio"] == on["output_tokens_per_s"] / off["output_tokens_per_s"]
+    table = report.speculation_table(msgspec.convert(figures, SpeculationFigures)).splitlines()
+    assert [line.count("|") for line in table[:4]] == [7] * 4
 
 
 def test_prefix_counts_what_is_computed_and_of_whom(served):

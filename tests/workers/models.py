@@ -95,9 +95,9 @@ def save(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def servable(folder: Path) -> Path:
+def servable(folder: Path, **overrides) -> Path:
     """A tiny model with the demo model's tokenizer, whose ids reach far beyond the tiny vocabulary."""
-    save(tiny("llama", max_position_embeddings=4096), folder)
+    save(tiny("llama", max_position_embeddings=4096, **overrides), folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo_model() / name, folder)
     return folder
