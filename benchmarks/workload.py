@@ -14,12 +14,13 @@ from scheduler.core.sequence import Sequence
 
 
 class WorkItem(msgspec.Struct, frozen=True):
-    """One request, decoded greedily."""
+    """One request, decoded greedily, through an ``adapter`` if one is named."""
 
     id: int
     prompt_token_ids: list[int]
     max_tokens: int
     ignore_eos: bool = True
+    adapter: str = ""
 
 
 class Workload(msgspec.Struct, frozen=True):
@@ -57,7 +58,9 @@ def mixed(count: int, *, prompt: tuple[int, int], output: tuple[int, int], seed:
 
 def sequence(item: WorkItem, eos_ids: list[int]) -> Sequence:
     stop = frozenset(() if item.ignore_eos else eos_ids)
-    return Sequence(str(item.id), item.prompt_token_ids, max_tokens=item.max_tokens, stop_ids=stop)
+    return Sequence(
+        str(item.id), item.prompt_token_ids, max_tokens=item.max_tokens, stop_ids=stop, adapter=item.adapter
+    )
 
 
 def config(model: str, max_running: int, max_batch_tokens: int) -> Config:

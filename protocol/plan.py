@@ -29,8 +29,10 @@ NGRAM = "ngram"
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
-    """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``speculation``: how
-    it drafts, `NGRAM` or the directory of a draft model, if it does."""
+    """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``adapters``: directories
+    of LoRA adapters by name, ``max_adapters`` of which are in memory at a time. ``speculation``: how it drafts, `NGRAM` or the
+    directory of a draft model, if it does.
+    """
 
     model: str
     dtype: DtypeName
@@ -44,6 +46,8 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     max_batch_tokens: int
     max_model_len: int | None
     weights: WeightsName = "auto"
+    adapters: dict[str, str] = {}
+    max_adapters: int = 0
     speculation: str | None = None
 
 
@@ -58,11 +62,14 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
-    """A slot is given to a sequence with these tokens: whatever it held before is forgotten."""
+    """A slot is given to a sequence with these tokens: whatever it held before is forgotten. ``adapter``: the name of a LoRA
+    adapter that its tokens go through, or nothing.
+    """
 
     slot: int
     tokens: list[int]
     sampling: Sampling
+    adapter: str = ""
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -174,6 +181,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
     device: str
     dtype: str
     attention: str
+    adapters: list[str] = []
 
 
 Command = StepPlan | Resume | Ping

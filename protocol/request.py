@@ -51,7 +51,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """One generation. Exactly one of ``messages`` and ``prompt`` is given; ``max_tokens`` absent means up to the context.
 
     Among its tenant's requests one of higher ``priority`` goes first. It ends, done or not, ``deadline_ms`` after the service
-    has taken it in; with ``refuse_late`` it is refused at once when that is too early.
+    has taken it in; with ``refuse_late`` it is refused at once when that is too early. ``model`` may name a LoRA adapter behind
+    the topic's model and a colon.
     """
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)] | None = None
@@ -79,6 +80,11 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     @property
     def is_chat(self) -> bool:
         return self.messages is not None
+
+    @property
+    def adapter(self) -> str:
+        """What ``model`` names behind a colon, or nothing."""
+        return (self.model or "").partition(":")[2]
 
     @property
     def output_limit(self) -> int | None:

@@ -57,6 +57,7 @@ _BENCHMARKS = (
     "overlap",
     "overhead",
     "speculation",
+    "adapters",
 )
 
 

@@ -38,6 +38,8 @@ class ModelConfig(Section, frozen=True):
     """What is served. ``alias`` is its name in topics; ``path`` a directory of safetensors, or the demo model's name.
 
     ``weights``: how linear layers hold theirs on the CPU, beside activations in float32; ``plain``: as torch does.
+    ``adapters``: LoRA adapters as PEFT saves them, directories by name, for requests of model ``alias:name``; ``max_adapters``
+    of them are in memory, and in a step, at once.
     """
 
     alias: str = "smollm2"
@@ -48,6 +50,8 @@ class ModelConfig(Section, frozen=True):
     attention: AttentionName = "auto"
     threads: Count | None = None
     max_model_len: Count | None = None
+    adapters: dict[str, str] = {}
+    max_adapters: Count = 8
 
 
 class EngineConfig(Section, frozen=True):
@@ -55,6 +59,8 @@ class EngineConfig(Section, frozen=True):
 
     A worker that takes longer than ``step_timeout_s`` over a step is killed; over ``stalled_after_s``, the service isn't
     ready. A request is given up after ``attempts`` failing steps, the last of them with it alone.
+
+    With ``itl_target_ms`` prompts are cut so that a step takes about that long at most while somebody decodes.
 
     ``policy``: ``fair`` is ours; the others are what it is compared with. ``prefix_cache``: prompts of a tenant that begin
     alike are computed once; ``shared_prefixes`` are system messages that are computed once for all tenants.
@@ -65,6 +71,7 @@ class EngineConfig(Section, frozen=True):
 
     max_running: Count = 64
     max_batch_tokens: Count = 256
+    itl_target_ms: Count | None = None
     block_size: Count = 16
     num_blocks: Count | None = None
     kv_memory_mb: Count = 1024
@@ -218,6 +225,8 @@ class Config(Section, frozen=True):
             max_batch_tokens=engine.max_batch_tokens,
             max_model_len=model.max_model_len,
             speculation=None if engine.speculation == OFF else engine.speculation,
+            adapters=model.adapters,
+            max_adapters=model.max_adapters if model.adapters else 0,
         )
 
 
@@ -267,8 +276,14 @@ def _read(file: Path | None) -> dict[str, Any]:
 
 def _check(config: Config) -> None:
     """What no single field can say."""
+    adapters = ((f"model.adapters.{name}", name) for name in config.model.adapters)
     tenants = ((f"tenants.{name}", name) for name in config.tenants)
-    for field, name in (("model.alias", config.model.alias), ("service.replica", config.service.replica), *tenants):
+    for field, name in (
+        ("model.alias", config.model.alias),
+        ("service.replica", config.service.replica),
+        *adapters,
+        *tenants,
+    ):
         if not topics.is_name(name):
             raise ConfigError(f"{field}: must be {topics.NAME_RULE}")
     _check_broker(config.broker)

@@ -29,6 +29,12 @@ def check_fits(request: Request, prompt: list[int], info: WorkerInfo) -> None:
         raise context_exceeded(request, prompt, f"the context of {info.max_model_len} tokens")
 
 
+def check_adapter(name: str, info: WorkerInfo) -> None:
+    """Raises BadRequest for one that isn't served."""
+    if name and name not in info.adapters:
+        raise BadRequest("model", f"there is no adapter {name!r} here", "model_not_found")
+
+
 def context_exceeded(request: Request, prompt: list[int], limit: str) -> BadRequest:
     """What a request with a prompt over this limit, or with the tokens it asks for, is refused with."""
     wanted = request.output_limit
@@ -40,6 +46,7 @@ def context_exceeded(request: Request, prompt: list[int], limit: str) -> BadRequ
 def sequence_for(entry: Entry, info: WorkerInfo) -> Sequence:
     """What the batcher is to run for a request, from where it is. Raises BadRequest as ``check_fits``."""
     request = entry.request
+    check_adapter(request.adapter, info)
     check_fits(request, entry.prompt, info)
     stop_ids = frozenset(request.stop_token_ids or ()) | frozenset(() if request.ignore_eos else info.eos_ids)
     return Sequence(
@@ -52,6 +59,7 @@ def sequence_for(entry: Entry, info: WorkerInfo) -> Sequence:
         tenant=entry.tenant,
         priority=request.priority,
         deadline=inf if entry.expires_at is None else entry.expires_at,
+        adapter=request.adapter,
     )
 
 
@@ -142,7 +150,7 @@ class Generation:
             chat=self.entry.request.is_chat,
             request_id=self.entry.request_id,
             created=int(self.entry.accepted_at),
-            model=self.entry.model,
+            model=self.entry.request.model or self.entry.model,
             text=self.text[self.cuts[number] : self.cuts[number + 1]],
             reason=reason,
             first=number == 0,
@@ -160,7 +168,7 @@ class Generation:
             chat=self.entry.request.is_chat,
             request_id=self.entry.request_id,
             created=int(self.entry.accepted_at),
-            model=self.entry.model,
+            model=self.entry.request.model or self.entry.model,
             text=self.text,
             reason=reason,
             usage=Usage(

@@ -14,6 +14,7 @@ from typing import Self
 
 from protocol.plan import StepFailure, StepResult, Work, WorkerConfig, WorkerInfo
 from protocol.transport import delays
+from scheduler.budget import Budget
 from scheduler.core.batch import Draft, Limits
 from scheduler.core.batcher import Batcher, TokenEvent
 from scheduler.core.blocks import BlockPool
@@ -91,7 +92,8 @@ class _Step:
 class Engine:
     """Batcher and worker together; use as ``async with Engine(config) as engine``, with ``engine.run()`` in a task.
 
-    ``reports`` holds one StepReport per iteration, for one consumer. ``lead`` says when the next step is planned while one runs.
+    ``reports`` holds one StepReport per iteration, for one consumer. ``itl_target_s``: about how long a step may take while
+    somebody decodes. ``lead`` says when the next step is planned while one runs.
     Entering raises WorkerRefused or WorkerDied.
     """
 
@@ -106,6 +108,7 @@ class Engine:
         *,
         prefix_cache: bool = True,
         speculation: Speculation | None = None,
+        itl_target_s: float | None = None,
         lead: Lead | None = None,
     ) -> None:
         self._config = config
@@ -115,6 +118,7 @@ class Engine:
         self._prefix_cache = prefix_cache
         self._clock = clock
         self._lead = lead or Lead()
+        self._budget = Budget(itl_target_s)
         self._in_flight: deque[_Step] = deque()
         self._resting = True
         self._busy_since = 0.0
@@ -129,7 +133,9 @@ class Engine:
         await self._worker.__aenter__()
         self.worker_up = True
         info = self.info = self._worker.info
-        limits = Limits(self._config.max_running, self._config.max_batch_tokens, info.max_model_len)
+        limits = Limits(
+            self._config.max_running, self._config.max_batch_tokens, info.max_model_len, self._config.max_adapters
+        )
         pool = BlockPool(info.num_blocks, info.block_size, prefix_cache=self._prefix_cache)
         self.batcher = Batcher(limits, pool, self._policy, self._speculation)
         return self
@@ -170,7 +176,7 @@ class Engine:
     def _send_next(self) -> bool:
         """Plan a step and put it into the worker's pipe; says whether there was anything to compute."""
         begun = self._clock()
-        plan = self.batcher.plan()
+        plan = self.batcher.plan(self._budget.tokens())
         if plan is None:
             return False
         self._worker.send(plan)
@@ -222,14 +228,15 @@ class Engine:
         step = self._in_flight.popleft()
         waited_s = 0.0 if step.after_rest else result.waited_s
         events = self.batcher.apply(result.step, result.tokens, result.verdicts)
-        self._lead.observe(step.draft.tokens, result.seconds, waited_s)
-        accepted = [verdict.accepted for verdict in result.verdicts if verdict.drafted]
+        tokens = step.draft.tokens
+        self._lead.observe(tokens, result.seconds, waited_s)
+        self._budget.observe(tokens, result.seconds)
         self._report(
             step.draft,
             step.draft.starts,
             seconds=result.seconds,
             waited_s=waited_s,
-            accepted=accepted,
+            accepted=[verdict.accepted for verdict in result.verdicts if verdict.drafted],
             events=events,
         )
 

@@ -158,12 +158,14 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     """Everything, from the worker outwards; the journal before the transport, for whose file it is, its session it is."""
     metrics = Metrics()
     policy = policies.create(config.engine.policy, config.weights())
+    target_ms = config.engine.itl_target_ms
     engine = Engine(
         config.worker(),
         _patience(config),
         policy,
         prefix_cache=config.engine.prefix_cache,
         speculation=config.speculation(),
+        itl_target_s=None if target_ms is None else target_ms / 1000,
     )
     health = Health()
     http = HttpServer(

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
@@ -15,6 +16,7 @@ from workers import selftest
 from workers.attention import AttentionBackend, choose
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
+from workers.lora import AdapterRefused, Adapters
 from workers.model import Model, ModelRefused, load
 from workers.packing import pack
 from workers.runner import Runner
@@ -41,7 +43,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
         return
     try:
         runner, info = start(plan.decode_config(body))
-    except (ModelRefused, WeightsError, ValueError, OSError) as error:
+    except (ModelRefused, AdapterRefused, WeightsError, ValueError, OSError) as error:
         _write(replies, plan.StartFailure(str(error)))
         return
     _write(replies, info)
@@ -68,13 +70,14 @@ def work(runner: Runner, requests: BinaryIO, replies: BinaryIO) -> None:
 
 
 def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
-    """Load, check and size everything. Raises ModelRefused, WeightsError, ValueError."""
+    """Load, check and size everything. Raises ModelRefused, AdapterRefused, WeightsError, ValueError."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = torch.device(_resolve_device(config.device))
     model = load(config.model, _resolve_dtype(config.dtype, device), str(device), config.max_model_len)
     draft = _draft_model(config, model)
     kind = _attention(config, model)
+    adapters = Adapters(model.module, {name: Path(path) for name, path in config.adapters.items()}, config.max_adapters)
     expected = selftest.expect(model)
     if pack(model.module, config.weights) != model.dtype:
         # Rounded weights have logits of their own; then both ways are asked for those.
@@ -91,6 +94,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         backend,
         max_running=config.max_running,
         max_model_len=max_model_len,
+        adapters=adapters,
         drafter=_drafter(config, draft, num_blocks),
     )
     return runner, plan.WorkerInfo(
@@ -104,6 +108,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
         attention=kind.name,
+        adapters=list(config.adapters),
     )
 
 

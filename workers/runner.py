@@ -15,6 +15,7 @@ from protocol.plan import StepPlan, StepResult, Verdict
 from workers.attention import AttentionBackend, Attributes
 from workers.bridge import attending
 from workers.drafts import Drafter, judge
+from workers.lora import Adapters
 from workers.sampler import Sampler
 from workers.slots import Inputs, Slots
 
@@ -52,6 +53,7 @@ class Runner:
         *,
         max_running: int,
         max_model_len: int,
+        adapters: Adapters | None = None,
         drafter: Drafter | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -61,6 +63,7 @@ class Runner:
         self._slots = Slots(max_running, blocks, backend.block_size, backend.device)
         self._sampler = Sampler(max_running, backend.device)
         self._drafter = drafter
+        self._adapters = adapters
         self._clock = clock
 
     @torch.inference_mode()
@@ -70,11 +73,15 @@ class Runner:
         for admission in plan.admissions:
             self._slots.admit(admission)
             self._sampler.assign(admission.slot, admission.sampling)
+            if self._adapters:
+                self._adapters.assign(admission.slot, admission.adapter)
         self._slots.extend((*plan.rows, *plan.verifications))
         drafted = self._draft(plan)
         inputs = self._slots.inputs(plan, drafted)
         if self._drafter is not None:
             self._drafter.follow(inputs)
+        if self._adapters:
+            self._adapters.use(*_slots_and_lengths(plan, drafted))
         sampled = [*range(len(plan.decodes)), *_sampled(plan)]
         keep = inputs.batch.query_start[1:][sampled].long() - 1
         if drafted:
@@ -117,6 +124,12 @@ class Runner:
             verdicts.append(verdict)
             start = end
         return verdicts
+
+
+def _slots_and_lengths(plan: StepPlan, drafted: list[int]) -> tuple[list[int], list[int]]:
+    """Of every row of the ragged batch."""
+    slots = plan.decodes + [row.slot for row in plan.rows] + [each.slot for each in plan.verifications]
+    return slots, [1] * len(plan.decodes) + [row.length for row in plan.rows] + [1 + drafts for drafts in drafted]
 
 
 def _sampled(plan: StepPlan) -> list[int]:

@@ -1,5 +1,6 @@
 """The running batch: who runs, in which slot, on which blocks, and the step in the making."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from protocol.plan import Admission, Row, StepPlan, Verdict, Verification, Work
@@ -11,11 +12,13 @@ from scheduler.core.speculation import Speculation
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``max_running`` sequences at once; ``max_batch_tokens`` computed per step; ``max_model_len`` tokens in a sequence."""
+    """``max_running`` sequences at once; ``max_batch_tokens`` computed per step; ``max_model_len`` tokens in a sequence;
+    ``max_adapters`` different ones among those who run."""
 
     max_running: int
     max_batch_tokens: int
     max_model_len: int
+    max_adapters: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_running <= self.max_batch_tokens:
@@ -115,9 +118,13 @@ class Draft:
         ]
 
 
+#: Tokens of prompts that go into a step however many decode, so that no newcomer waits for ever.
+_LEAST_OF_PROMPTS = 16
+
+
 class Batch:
     """What policies act on. ``running`` holds who runs, the oldest first: who is ``decoding`` has one token to compute in the
-    next step, who is ``prefilling`` may have more. ``draft`` is the step in the making."""
+    next step, who is ``prefilling`` may have more. ``adapters``: how many run with each. ``draft`` is the step in the making."""
 
     def __init__(self, limits: Limits, pool: BlockPool, queue: FairQueue, speculation: Speculation | None) -> None:
         self.limits = limits
@@ -128,6 +135,7 @@ class Batch:
         self.running: dict[str, Sequence] = {}
         self.decoding: dict[str, Sequence] = {}
         self.prefilling: dict[str, Sequence] = {}
+        self.adapters: Counter[str] = Counter()
         self._free_slots = list(range(limits.max_running - 1, -1, -1))
         self.begin(0)
 
@@ -135,9 +143,12 @@ class Batch:
     def num_free_slots(self) -> int:
         return len(self._free_slots)
 
-    def begin(self, step: int) -> Draft:
-        """Start a new draft."""
-        self.draft = Draft(step, self.limits.max_batch_tokens)
+    def begin(self, step: int, most: int | None = None) -> Draft:
+        """Start a new draft, of ``most`` tokens while somebody decodes; a few of prompts may be among them all the same."""
+        budget = self.limits.max_batch_tokens
+        if most is not None and self.decoding:
+            budget = min(budget, max(most, len(self.decoding) + _LEAST_OF_PROMPTS))
+        self.draft = Draft(step, budget)
         return self.draft
 
     def fits(self, sequence: Sequence, tokens: int | None = None, *, freed: int = 0, slots: int = 0) -> bool:
@@ -146,7 +157,8 @@ class Batch:
         needed = self.pool.blocks_for(len(sequence.tokens) if tokens is None else tokens)
         # One block is left for each running sequence, else the newcomer would soon preempt or be preempted.
         spare = self.pool.num_free + freed - len(self.running) + slots
-        return bool(len(self._free_slots) + slots and not sequence.unseen and needed <= spare)
+        room = len(self._free_slots) + slots and not sequence.unseen and needed <= spare
+        return bool(room) and self._has_adapter_for(sequence)
 
     def admit(self, sequence: Sequence, tokens: int | None = None) -> None:
         """Give a waiting sequence a slot, and blocks for ``tokens``, by default those it has. Raises OutOfBlocks."""
@@ -161,6 +173,8 @@ class Batch:
         sequence.state = State.RUNNING
         sequence.slot = self._free_slots.pop()
         self.running[sequence.id] = self.prefilling[sequence.id] = sequence
+        if sequence.adapter:
+            self.adapters[sequence.adapter] += 1
 
     def preempt(self, sequence: Sequence) -> None:
         """Its blocks are freed; its tokens are kept and computed again later."""
@@ -285,7 +299,9 @@ class Batch:
         draft = self.draft
         if not sequence.told:
             sequence.told = True
-            draft.admissions.append(Admission(sequence.slot, sequence.tokens.copy(), sequence.sampling))
+            draft.admissions.append(
+                Admission(sequence.slot, sequence.tokens.copy(), sequence.sampling, sequence.adapter)
+            )
         start = sequence.computed
         sequence.computed += length
         samples = sequence.computed == len(sequence.tokens) + sequence.unseen
@@ -296,7 +312,14 @@ class Batch:
             draft.samplers.append(sequence)
             sequence.unseen += 1
 
+    def _has_adapter_for(self, sequence: Sequence) -> bool:
+        """Whether its adapter is in use already, or another one may be."""
+        adapters = self.adapters
+        return not sequence.adapter or sequence.adapter in adapters or len(adapters) < self.limits.max_adapters
+
     def _take_out(self, sequence: Sequence) -> None:
+        if sequence.adapter:
+            self.adapters -= Counter({sequence.adapter: 1})
         del self.running[sequence.id]
         self.decoding.pop(sequence.id, None)
         self.prefilling.pop(sequence.id, None)

@@ -113,12 +113,12 @@ class Batcher:
         self._suspects.forget(id)
         return sequence
 
-    def plan(self) -> StepPlan | None:
-        """Fill the next step; None when there is nothing to compute."""
-        draft = self._draft()
+    def plan(self, most: int | None = None) -> StepPlan | None:
+        """Fill the next step, with about ``most`` tokens while somebody decodes; None when there is nothing to compute."""
+        draft = self._draft(most)
         if not draft and self._suspects and not self._in_flight:
             self._trial.make_room(self._batch)
-            draft = self._draft()
+            draft = self._draft(most)
         if not draft:
             return None
         self._in_flight.append(draft)
@@ -174,8 +174,8 @@ class Batcher:
             sequence.unseen = sequence.drafted = 0
         self.pool.forget_content()
 
-    def _draft(self) -> Draft:
-        draft = self._batch.begin(self._step)
+    def _draft(self, most: int | None) -> Draft:
+        draft = self._batch.begin(self._step, most)
         (self._trial if self._suspects else self.policy).fill(self._batch)
         return draft
 

@@ -112,9 +112,9 @@ class BlockPool:
             self._prefixes.clear()
 
     def _content(self, sequence: Sequence, index: int) -> tuple[str, list[int]]:
-        """The salt and the tokens of a sequence's block: what isn't wholly public is its tenant's, whose name isn't empty."""
+        """The salt and the tokens of a sequence's block: what isn't wholly public is its tenant's."""
         end = (index + 1) * self.block_size
-        salt = "" if end <= sequence.public_len else sequence.tenant
+        salt = sequence.public_salt if end <= sequence.public_len else sequence.salt
         return salt, sequence.tokens[end - self.block_size : end]
 
     def _evict(self) -> int:

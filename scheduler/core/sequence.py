@@ -31,11 +31,13 @@ class Sequence:
     Within a tenant a higher ``priority`` goes first, then the earlier ``deadline`` (on any clock that all share), then the
     smaller ``number``, which its queue gives it. ``returned``: when it came, its tenant had nothing waiting and less service
     than the others. ``charged``: its prompt has been, to its tenant; ``cached`` tokens of it were found in the prefix cache
-    then. The first ``public_len`` tokens may be shared with other tenants.
+    then. The first ``public_len`` tokens may be shared with other tenants: the prefix cache knows them by ``public_salt``, what
+    follows by ``salt``. ``adapter``: the one that the worker puts its tokens through, if any.
     """
 
     __slots__ = (
         "acceptance",
+        "adapter",
         "blocks",
         "cached",
         "charged",
@@ -52,8 +54,10 @@ class Sequence:
         "priority",
         "prompt_len",
         "public_len",
+        "public_salt",
         "returned",
         "room",
+        "salt",
         "sampling",
         "sent_blocks",
         "slot",
@@ -78,6 +82,7 @@ class Sequence:
         tenant: str = "",
         priority: int = 0,
         deadline: float = inf,
+        adapter: str = "",
     ) -> None:
         if not prompt or max_tokens < 1:
             raise ValueError("a sequence needs at least one prompt token and one token to generate")
@@ -85,6 +90,8 @@ class Sequence:
         self.tenant = tenant
         self.priority = priority
         self.deadline = deadline
+        self.adapter = adapter
+        self.salt, self.public_salt = f"{tenant}:{adapter}", f":{adapter}"
         self.public_len = 0
         self.number = 0
         self.returned = False
@@ -116,6 +123,7 @@ class Sequence:
             tenant=self.tenant,
             priority=self.priority,
             deadline=self.deadline,
+            adapter=self.adapter,
         )
 
     def release(self) -> None:

@@ -14,7 +14,7 @@ from protocol.request import Request, decode_request
 from protocol.topics import TopicError
 from protocol.transport import Incoming, Transport
 from scheduler.admission import Admission
-from scheduler.generation import check_fits, seed_for
+from scheduler.generation import check_adapter, check_fits, seed_for
 from scheduler.journal.entry import Entry, Journal, Listener, Taken, digest
 from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
@@ -115,8 +115,10 @@ class Reader:
                 "body", f"{len(payload)} bytes are over the limit of {self._max_payload_bytes}", "payload_too_large"
             )
         request = decode_request(payload)
-        if request.model not in (None, model):
-            raise BadRequest("model", f"must be absent or {model}, the model the topic names")
+        base, _, adapter = (request.model or model).partition(":")
+        if base != model:
+            raise BadRequest("model", f"must be absent or {model}, the model the topic names, perhaps with an adapter")
+        check_adapter(adapter, self._info)
         return request
 
     def _cancel(self, incoming: Incoming) -> Cancel:

@@ -75,6 +75,7 @@ _MACHINE = (
     ),
     click.option("--max-running", default=64, show_default=True),
     click.option("--max-batch-tokens", default=256, show_default=True),
+    click.option("--itl-target-ms", type=float, help="About how long a step may take while somebody decodes."),
     click.option("--max-model-len", default=8192, show_default=True),
     click.option("--block-size", default=16, show_default=True),
     click.option("--num-blocks", default=1456, show_default=True, help="The default is what serve has for SmolLM2."),

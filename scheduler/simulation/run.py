@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from protocol.plan import StepPlan
+from scheduler.budget import Budget
 from scheduler.core import policies
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher, CapacityError
@@ -39,6 +40,7 @@ class Setup:
     block_size: int = 16
     weights: Mapping[str, float] = field(default_factory=dict)
     prefix_tokens: int = 0
+    itl_target_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Simulation:
         self.measure = measure
         self.gap = ServiceGap()
         self.now = 0.0
+        self._budget = Budget(setup.itl_target_s)
         self._lengths = [0] * setup.limits.max_running
 
     def finish(self, watch: Watch) -> None:
@@ -81,7 +84,7 @@ class Simulation:
     def advance(self) -> bool:
         """One step, or a jump to the next arrival. False when all is over."""
         preemptions = self.batcher.counters.preemptions
-        plan = self.batcher.plan()
+        plan = self.batcher.plan(self._budget.tokens())
         if plan is not None:
             if plan.admissions or self.batcher.counters.preemptions > preemptions:
                 self._observe()
@@ -99,7 +102,9 @@ class Simulation:
         return Outcome(self._figures(), self.gap.history)
 
     def _step(self, plan: StepPlan) -> None:
-        seconds = self._setup.cost.seconds(self.batcher.draft_of(plan).work)
+        work = self.batcher.draft_of(plan).work
+        seconds = self._setup.cost.seconds(work)
+        self._budget.observe(work.tokens, seconds)
         self.measure.stored(seconds, self.batcher.running.values(), self._setup.block_size)
         self._let_in(self.now + seconds)
         self.now += seconds

@@ -47,6 +47,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     cost: str
     max_running: Count
     max_batch_tokens: Count
+    itl_target_ms: Positive | None
     max_model_len: Count
     block_size: Count
     num_blocks: Count
@@ -79,6 +80,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
             block_size=self.block_size,
             weights=self.weights,
             prefix_tokens=self.prefix_tokens,
+            itl_target_s=None if self.itl_target_ms is None else self.itl_target_ms / 1000,
         )
 
     def _made_up(self) -> Iterator[Demand]:

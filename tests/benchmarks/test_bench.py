@@ -72,6 +72,26 @@ def test_engine_and_ladder_count_the_same_tokens(files, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_adapters_runs_every_way(files):
+    workload, model = files
+    figures = bench(
+        "adapters",
+        "--workload",
+        str(workload),
+        "--model",
+        str(model),
+        "--adapters",
+        "2",
+        "--rank",
+        "2",
+        "--rounds",
+        "1",
+    )
+    assert figures["adapters"] == 2
+    for way in ("unused", "used"):
+        assert figures[f"{way}_share"] == pytest.approx(figures[way] / figures["base"])
+
+
 def test_the_floor_is_part_of_the_steps(files):
     workload, model = files
     figures = bench("engine", "--workload", str(workload), "--model", str(model), "--weights", "int8", "--floor")

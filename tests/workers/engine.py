@@ -2,6 +2,7 @@
 
 import random
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from scheduler.core.speculation import Speculation
 from workers.attention import choose
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
+from workers.lora import Adapters
 from workers.model import Model, adopt
 from workers.packing import pack
 from workers.runner import Runner
@@ -42,6 +44,8 @@ class LocalEngine:
         draft: str | PreTrainedModel | None = None,
         max_draft: int = 5,
         cheap: int = 64,
+        adapters: Mapping[str, Path] | None = None,
+        max_adapters: int = 8,
     ) -> None:
         def backend(model: Model):
             kind = choose(
@@ -50,6 +54,7 @@ class LocalEngine:
             return kind(model.layers, blocks, block_size, torch.float32, model.device)
 
         model = adopt(module, Path())
+        loaded = Adapters(model.module, adapters or {}, max_adapters)
         pack(model.module, weights)
         drafter: Drafter | None = NGram() if draft == "ngram" else None
         if isinstance(draft, PreTrainedModel):
@@ -57,16 +62,32 @@ class LocalEngine:
             drafter = DraftModel(guessing, backend(guessing))
         pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
         speculation = Speculation(max_draft, cheap) if drafter else None
-        self.batcher = Batcher(Limits(running, budget, longest), pool, policies.create(policy), speculation)
-        self.runner = Runner(model.module, backend(model), max_running=running, max_model_len=longest, drafter=drafter)
+        limits = Limits(running, budget, longest, max_adapters)
+        self.batcher = Batcher(limits, pool, policies.create(policy), speculation)
+        self.runner = Runner(
+            model.module,
+            backend(model),
+            max_running=running,
+            max_model_len=longest,
+            adapters=loaded,
+            drafter=drafter,
+        )
         self.outputs: dict[str, list[int]] = {}
         self.accepted: list[tuple[int, int]] = []
 
     def submit(
-        self, id: str, prompt: list[int], length: int, sampling: Sampling | None = None, stop=frozenset()
+        self,
+        id: str,
+        prompt: list[int],
+        length: int,
+        sampling: Sampling | None = None,
+        stop=frozenset(),
+        *,
+        adapter: str = "",
     ) -> None:
         self.outputs[id] = []
-        self.batcher.submit(Sequence(id, prompt, max_tokens=length, stop_ids=stop, sampling=sampling or Sampling()))
+        sampling = sampling or Sampling()
+        self.batcher.submit(Sequence(id, prompt, max_tokens=length, stop_ids=stop, sampling=sampling, adapter=adapter))
 
     def step(self) -> bool:
         result = self.run_next()
