@@ -70,26 +70,26 @@ class Runner:
     def step(self, plan: StepPlan) -> StepResult:
         """Run one step; the copy of the sampled tokens is the only wait for the device."""
         begun = self._clock()
-        for admission in plan.admissions:
-            self._slots.admit(admission)
-            self._sampler.assign(admission.slot, admission.sampling)
-            if self._adapters:
-                self._adapters.assign(admission.slot, admission.adapter)
-        self._slots.extend((*plan.rows, *plan.verifications))
+        self._admit(plan)
         drafted = self._draft(plan)
         inputs = self._slots.inputs(plan, drafted)
         if self._drafter is not None:
             self._drafter.follow(inputs)
         if self._adapters:
             self._adapters.use(*_slots_and_lengths(plan, drafted))
-        sampled = [*range(len(plan.decodes)), *_sampled(plan)]
-        keep = inputs.batch.query_start[1:][sampled].long() - 1
-        if drafted:
-            verified = torch.arange(len(inputs.ids) - sum(drafted) - len(drafted), len(inputs.ids), device=keep.device)
-            keep = torch.cat([keep, verified])
+        keep = _kept(plan, drafted, inputs)
         logits = forward(self._module, self._backend, inputs, keep=keep)
         tokens, verdicts = self._sample(plan, drafted, inputs, keep, logits) if len(keep) else ([], [])
         return StepResult(plan.step, tokens, self._clock() - begun, verdicts=verdicts)
+
+    def _admit(self, plan: StepPlan) -> None:
+        """Take in what the plan says of slots and their blocks."""
+        for admission in plan.admissions:
+            self._slots.admit(admission)
+            self._sampler.assign(admission.slot, admission.sampling)
+            if self._adapters:
+                self._adapters.assign(admission.slot, admission.adapter)
+        self._slots.extend((*plan.rows, *plan.verifications))
 
     def _draft(self, plan: StepPlan) -> list[int]:
         """How many tokens were drafted for each verification."""
@@ -132,6 +132,12 @@ def _slots_and_lengths(plan: StepPlan, drafted: list[int]) -> tuple[list[int], l
     return slots, [1] * len(plan.decodes) + [row.length for row in plan.rows] + [1 + drafts for drafts in drafted]
 
 
-def _sampled(plan: StepPlan) -> list[int]:
-    """The rows that sample, counted from the first decode."""
-    return [index for index, row in enumerate(plan.rows, start=len(plan.decodes)) if row.sample]
+def _kept(plan: StepPlan, drafted: list[int], inputs: Inputs) -> Tensor:
+    """The tokens after which one is sampled, int64: the last of each row that samples, and all of each verification."""
+    decodes = len(plan.decodes)
+    rows = [*range(decodes), *(index for index, row in enumerate(plan.rows, start=decodes) if row.sample)]
+    last = inputs.batch.query_start[1:][rows].long() - 1
+    if not drafted:
+        return last
+    total = len(inputs.ids)
+    return torch.cat([last, torch.arange(total - sum(drafted) - len(drafted), total, device=last.device)])

@@ -65,7 +65,7 @@ def test_look_up_finds_what_followed_the_same_ending(text, most, found):
 
 
 @pytest.mark.parametrize("by", ["ngram", "model"])
-@pytest.mark.parametrize(("kind", "attention"), [("llama", "cpu"), ("gemma2", "reference"), ("gpt_oss", "cpu")])
+@pytest.mark.parametrize(("kind", "attention"), [("llama", "cpu"), ("gpt_oss", "reference")])
 def test_greedy_tokens_are_those_of_generate_in_fewer_steps(kind, attention, by):
     """Among preemptions, with the next step planned before the drafts are judged."""
     model = tiny(kind)
