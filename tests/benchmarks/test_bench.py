@@ -1,6 +1,7 @@
 """The benchmarks run, count right and agree with each other; their figures are looked at by people, not by tests."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks.prefix import PrefixFigures
 from benchmarks.speculation import SpeculationFigures
 from benchmarks.workload import load, mixed
 from tests.workers.models import save, servable, tiny
+from workers.weights import demo_model
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -142,6 +144,7 @@ def test_fairness_serves_both_policies_the_same_arrivals_and_sees_the_difference
 
 def test_speculation_writes_the_same_tokens_in_fewer_steps(tmp_path):
     model = servable(tmp_path, vocab_size=49152, initializer_range=0.02)
+    shutil.copy(demo_model() / "chat_template.jinja", model)
     sizes = ("--batch", "1", "--single", "2", "--output-tokens", "40", "--rounds", "1")
     figures = call("speculation", "--model", str(model), *sizes)
     (case,) = figures["batches"]
