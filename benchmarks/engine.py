@@ -11,6 +11,7 @@ import msgspec
 from benchmarks import bare, cli
 from benchmarks.workload import Workload, config, load, sequence
 from protocol.plan import WeightsName, WorkerConfig
+from scheduler.core.speculation import Speculation
 from scheduler.lead import Lead
 from scheduler.loop import Engine, StepReport
 from scheduler.simulation.fit import TracedStep
@@ -45,11 +46,11 @@ async def run(workload: Workload, worker: WorkerConfig, lead: Lead | None = None
 
 
 async def record(
-    workload: Workload, worker: WorkerConfig, lead: Lead | None = None
+    workload: Workload, worker: WorkerConfig, lead: Lead | None = None, speculation: Speculation | None = None
 ) -> tuple[EngineFigures, list[StepReport]]:
     """One run on a fresh worker, and its steps."""
     reports: list[StepReport] = []
-    async with Engine(worker, lead=lead) as engine:
+    async with Engine(worker, speculation=speculation, lead=lead) as engine:
         loop = asyncio.create_task(engine.run(), name="loop")
         try:
             return await _measure(workload, engine, reports), reports

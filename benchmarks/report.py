@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.report`` after ``tokenbus bench ladder --json > benchmarks/results/ladder.json`` and
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
-``accept.json`` is ``bench accept``, ``scrape.json`` ``bench scrape``. ``planning.json``, ``fairness.json`` and
-``prefix.json`` are the benchmarks of those names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is
+``accept.json`` is ``bench accept``, ``scrape.json`` ``bench scrape``. ``planning.json``, ``fairness.json``, ``prefix.json`` and
+``speculation.json`` are the benchmarks of those names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is
 ``bench scale --trace FILE``, ``suites.json`` ``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
 ``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``.
 """
@@ -25,6 +25,7 @@ from benchmarks.prefix import PrefixFigures
 from benchmarks.scale import ScaleFigures
 from benchmarks.scrape import ScrapeFigures
 from benchmarks.serve import ServeFigures
+from benchmarks.speculation import SpeculationFigures
 from scheduler.simulation import figures as simulated
 from scheduler.simulation.suites import SuiteFigures, TimeToFirst
 
@@ -183,6 +184,20 @@ def prefix_line(figures: PrefixFigures) -> str:
     )
 
 
+def speculation_table(figures: SpeculationFigures) -> str:
+    lines = [
+        "| at once | requests | steps, without and with | output tokens/s, without and with | right drafts | same tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {case.batch} | {case.requests} | {case.off.steps:,} and {case.on.steps:,} ({case.step_ratio:.2f}x fewer) | "
+        f"{case.off.output_tokens_per_s:.1f} and {case.on.output_tokens_per_s:.1f} ({case.rate_ratio:.2f}x) | "
+        f"{case.on.acceptance:.0%} of {case.on.drafted_tokens:,} | {'all' if case.same_tokens else 'not all'} |"
+        for case in figures.batches
+    ]
+    return "\n".join([*lines, "", f"`{figures.speculation}`, medians of {figures.rounds} rounds in turn."])
+
+
 def _read(name: str, kind: type[T]) -> T:
     return msgspec.json.decode((RESULTS / name).read_bytes(), type=kind)
 
@@ -220,6 +235,9 @@ PAGES: dict[str, dict[str, Text]] = {
     },
     "docs/scheduling.md": {
         "suites": lambda: suites_table(_read("suites.json", list[SuiteFigures])),
+    },
+    "docs/speculation.md": {
+        "speculation": lambda: _when_measured("speculation.json", SpeculationFigures, speculation_table),
     },
     "docs/scale.md": {
         "load": _simulated(scale_text.load_text),

@@ -24,9 +24,14 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 WeightsName = Literal["auto", "plain", "float32", "bfloat16", "int8"]
 
 
+#: How a worker drafts that has no draft model.
+NGRAM = "ngram"
+
+
 class WorkerConfig(msgspec.Struct, frozen=True):
     """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``adapters``: directories
-    of LoRA adapters by name, ``max_adapters`` of which are in memory at a time.
+    of LoRA adapters by name, ``max_adapters`` of which are in memory at a time. ``speculation``: how it drafts, `NGRAM` or the
+    directory of a draft model, if it does.
     """
 
     model: str
@@ -43,6 +48,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     weights: WeightsName = "auto"
     adapters: dict[str, str] = {}
     max_adapters: int = 0
+    speculation: str | None = None
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -110,6 +116,15 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     sample: bool
 
 
+class Verification(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A decode of which the worker may guess the next tokens: with the slot's last token at most ``drafts`` drafted ones are
+    computed, wherever the slot stands by then. ``new_blocks`` as in a `Row`; there are blocks for all of them."""
+
+    slot: int
+    drafts: int
+    new_blocks: list[int]
+
+
 class Work(msgspec.Struct, frozen=True):
     """How much a step computes: ``tokens`` in ``rows``; ``context`` positions whose KV is read, each row's once; ``attended``
     pairs of a token and a position that it sees."""
@@ -122,7 +137,7 @@ class Work(msgspec.Struct, frozen=True):
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """``decodes`` are slots that compute their last token, the one after all that is computed, and sample the next: most of a
-    step, so nothing more is said of them. ``rows`` are all others.
+    step, so nothing more is said of them. ``verifications`` are those that speculate; ``rows`` are all others.
 
     After a `StepFailure` the scheduler sends an `Admission` for every sequence of that step again.
     """
@@ -131,6 +146,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     admissions: list[Admission]
     decodes: list[int]
     rows: list[Row]
+    verifications: list[Verification] = []
 
     @property
     def num_sampled(self) -> int:
@@ -145,11 +161,23 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Are you there?"""
 
 
-class StepResult(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """``tokens``: one id for each of the ``decodes``, then for each row with ``sample``. ``seconds``: the worker's own time for
-    the step; ``waited_s``: from the end of the step before until it had the plan, whether there was work or not.
+class Verdict(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What came of a `Verification`: of so many ``drafted`` tokens the accepted ones, and the one sampled after them."""
 
-    ``scored``: of those tokens, by index, the ones that are to be. ``prompts``: by index of a row, prompt tokens that are to be
+    drafted: int
+    tokens: list[int]
+
+    @property
+    def accepted(self) -> int:
+        return len(self.tokens) - 1
+
+
+class StepResult(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """``tokens``: one id for each of the ``decodes``, then for each row with ``sample``; ``verdicts``: one for each of the
+    ``verifications``. ``seconds``: the worker's own time for the step; ``waited_s``: from the end of the step before until it
+    had the plan, whether there was work or not.
+
+    ``scored``: of the ``tokens``, by index, those that are to be. ``prompts``: by index of a row, prompt tokens that are to be
     scored, from the one after the row's first on.
     """
 
@@ -159,6 +187,7 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     waited_s: float = 0.0
     scored: dict[int, Scored] = {}
     prompts: dict[int, list[Scored]] = {}
+    verdicts: list[Verdict] = []
 
 
 class StepFailure(msgspec.Struct, frozen=True, tag=True):

@@ -60,6 +60,7 @@ _BENCHMARKS = (
     "scale",
     "overlap",
     "overhead",
+    "speculation",
     "adapters",
     "scrape",
     "replicas",

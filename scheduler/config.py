@@ -14,6 +14,7 @@ from protocol import topics
 from protocol.plan import AttentionName, DtypeName, WeightsName, WorkerConfig
 from protocol.transport import BrokerAddress
 from scheduler.core.policies import PolicyName
+from scheduler.core.speculation import Speculation
 from scheduler.quotas import Quota
 
 ENV_PREFIX = "TOKENBUS_"
@@ -69,6 +70,9 @@ class EngineConfig(Section, frozen=True):
 
     ``policy``: ``fair`` is ours; the others are what it is compared with. ``prefix_cache``: prompts of a tenant that begin
     alike are computed once; ``shared_prefixes`` are system messages that are computed once for all tenants.
+
+    ``speculation``: ``off``, ``ngram``, or the directory of a draft model. At most ``max_draft`` tokens are guessed at a time,
+    and none in steps of ``cheap_tokens`` or more, where another token costs its full price.
     """
 
     max_running: Count = 64
@@ -84,6 +88,9 @@ class EngineConfig(Section, frozen=True):
     policy: PolicyName = "fair"
     prefix_cache: bool = True
     shared_prefixes: list[Annotated[str, Meta(min_length=1)]] = []
+    speculation: Annotated[str, Meta(min_length=1)] = OFF
+    max_draft: Count = 7
+    cheap_tokens: Count = 16
 
 
 class BrokerConfig(Section, frozen=True):
@@ -223,6 +230,11 @@ class Config(Section, frozen=True):
         """The tiers of the tenants that are named."""
         return {name: tenant.tier for name, tenant in self.tenants.items()}
 
+    def speculation(self) -> Speculation | None:
+        """How far the engine may speculate."""
+        engine = self.engine
+        return None if engine.speculation == OFF else Speculation(engine.max_draft, engine.cheap_tokens)
+
     def reloaded(self, new: "Config") -> "Config":
         """This one with what may change while the service runs: tenants and limits."""
         return msgspec.structs.replace(self, tenants=new.tenants, limits=new.limits)
@@ -253,6 +265,7 @@ class Config(Section, frozen=True):
             max_running=engine.max_running,
             max_batch_tokens=engine.max_batch_tokens,
             max_model_len=model.max_model_len,
+            speculation=None if engine.speculation == OFF else engine.speculation,
             adapters=model.adapters,
             max_adapters=model.max_adapters if model.adapters else 0,
         )
@@ -318,6 +331,8 @@ def _check(config: Config) -> None:
     _check_tracing(config.tracing)
     if config.engine.max_batch_tokens < config.engine.max_running:
         raise ConfigError("engine.max_batch_tokens: must be at least engine.max_running, so that no decode is left out")
+    if config.engine.speculation != OFF and config.engine.max_draft >= config.engine.block_size:
+        raise ConfigError("engine.max_draft: must be less than engine.block_size")
     if (config.metrics.cert_file is None) != (config.metrics.key_file is None):
         raise ConfigError("metrics.cert_file, metrics.key_file: must be given together or not at all")
     url = config.console.broker_websocket_url

@@ -20,6 +20,7 @@ from scheduler.core.batcher import Batcher, TokenEvent
 from scheduler.core.blocks import BlockPool
 from scheduler.core.policies.base import Policy
 from scheduler.core.sequence import Sequence
+from scheduler.core.speculation import Speculation
 from scheduler.lead import Lead
 from scheduler.worker import Worker, WorkerDied
 
@@ -51,9 +52,9 @@ class StepReport:
     """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` the rest of the time since the result before, or
     since there was work; it is negative when that result was read late. ``waited_s``: how long the worker had waited for the plan
     while there was work. ``prefill_tokens`` were computed; ``starts`` says how many tokens the prefix cache spared those who ran
-    for the first time. ``scored`` are those of the events' tokens that were to be, ``prompts`` prompt tokens from a position on,
-    both by sequence. ``ok`` is false for a step that failed. ``plan_s``: how long it took to plan. ``charges``: service units
-    that tenants were charged since the report before.
+    for the first time. ``accepted``: drafts of each verification that drafted any. ``scored`` are those of the events' tokens
+    that were to be, ``prompts`` prompt tokens from a position on, both by sequence. ``ok`` is false for a step that failed.
+    ``plan_s``: how long it took to plan. ``charges``: service units that tenants were charged since the report before.
     """
 
     step: int
@@ -72,11 +73,13 @@ class StepReport:
     recomputed_tokens: int
     late_tokens: int
     cached_tokens: int
+    rejected_tokens: int
     worker_restarts: int
     cancelled_tokens: int = 0
     plan_s: float = 0.0
     ok: bool = True
     starts: dict[str, int] = field(default_factory=dict)
+    accepted: list[int] = field(default_factory=list)
     events: list[TokenEvent] = field(default_factory=list)
     scored: dict[str, Scored] = field(default_factory=dict)
     prompts: dict[str, tuple[int, list[Scored]]] = field(default_factory=dict)
@@ -112,10 +115,12 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         *,
         prefix_cache: bool = True,
+        speculation: Speculation | None = None,
         itl_target_s: float | None = None,
         lead: Lead | None = None,
     ) -> None:
         self._config = config
+        self._speculation = speculation
         self._policy = policy
         self._patience = patience
         self._prefix_cache = prefix_cache
@@ -140,7 +145,7 @@ class Engine:
             self._config.max_running, self._config.max_batch_tokens, info.max_model_len, self._config.max_adapters
         )
         pool = BlockPool(info.num_blocks, info.block_size, prefix_cache=self._prefix_cache)
-        self.batcher = Batcher(limits, pool, self._policy)
+        self.batcher = Batcher(limits, pool, self._policy, self._speculation)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -231,20 +236,21 @@ class Engine:
         self._pauses = delays()
         step = self._in_flight.popleft()
         waited_s = 0.0 if step.after_rest else result.waited_s
-        self._lead.observe(step.tokens, result.seconds, waited_s)
-        self._budget.observe(step.tokens, result.seconds)
-        events = self.batcher.apply(result.step, result.tokens)
         draft = step.draft
-        scored = {draft.samplers[index].id: scored for index, scored in result.scored.items()}
-        prompts = {draft.owners[row][0].id: (draft.rows[row].start + 1, part) for row, part in result.prompts.items()}
+        events = self.batcher.apply(result.step, result.tokens, result.verdicts)
+        self._lead.observe(draft.tokens, result.seconds, waited_s)
+        self._budget.observe(draft.tokens, result.seconds)
         self._report(
             step,
             draft.starts,
             seconds=result.seconds,
             waited_s=waited_s,
+            accepted=[verdict.accepted for verdict in result.verdicts if verdict.drafted],
             events=events,
-            scored=scored,
-            prompts=prompts,
+            scored={draft.samplers[index].id: scored for index, scored in result.scored.items()},
+            prompts={
+                draft.owners[row][0].id: (draft.rows[row].start + 1, part) for row, part in result.prompts.items()
+            },
         )
 
     def _fail(self, error: str, *, crashed: bool) -> None:
@@ -284,6 +290,7 @@ class Engine:
         seconds: float = 0.0,
         waited_s: float = 0.0,
         ok: bool = True,
+        accepted: list[int] | None = None,
         events: list[TokenEvent] | None = None,
         scored: dict[str, Scored] | None = None,
         prompts: dict[str, tuple[int, list[Scored]]] | None = None,
@@ -311,10 +318,12 @@ class Engine:
                 recomputed_tokens=batcher.counters.recomputed_tokens,
                 late_tokens=batcher.counters.late_tokens,
                 cached_tokens=batcher.counters.cached_tokens,
+                rejected_tokens=batcher.counters.rejected_tokens,
                 worker_restarts=self.worker_restarts,
                 cancelled_tokens=batcher.counters.cancelled_tokens,
                 plan_s=step.plan_s,
                 ok=ok,
+                accepted=accepted or [],
                 events=events or [],
                 scored=scored or {},
                 prompts=prompts or {},

@@ -172,6 +172,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
         _patience(config),
         policy,
         prefix_cache=config.engine.prefix_cache,
+        speculation=config.speculation(),
         itl_target_s=None if target_ms is None else target_ms / 1000,
     )
     health = Health()

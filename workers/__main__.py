@@ -14,6 +14,8 @@ import torch
 from protocol import plan
 from workers import selftest
 from workers.attention import AttentionBackend, choose
+from workers.draft_model import DraftModel
+from workers.drafts import Drafter, NGram
 from workers.lora import AdapterRefused, Adapters
 from workers.model import Model, ModelRefused, load
 from workers.packing import pack
@@ -73,33 +75,36 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         torch.set_num_threads(config.threads)
     device = torch.device(_resolve_device(config.device))
     model = load(config.model, _resolve_dtype(config.dtype, device), str(device), config.max_model_len)
-    kind = choose(
-        config.attention,
-        device,
-        model.dtype,
-        model.layers,
-        block_size=config.block_size,
-        attributes=model.attributes,
-    )
+    draft = _draft_model(config, model)
+    kind = _attention(config, model)
     adapters = Adapters(model.module, {name: Path(path) for name, path in config.adapters.items()}, config.max_adapters)
     expected = selftest.expect(model)
     if pack(model.module, config.weights) != model.dtype:
         # Rounded weights have logits of their own; then both ways are asked for those.
         expected = selftest.expect(model)
     selftest.check(model, kind, config.block_size, expected)
-    backend = kind(model.layers, _num_blocks(config, model), config.block_size, model.dtype, device)
-    max_model_len = min(model.max_model_len, backend.num_blocks * config.block_size)
+    models = [model] if draft is None else [model, draft]
+    per_block = sum(AttentionBackend.bytes_per_block(each.layers, config.block_size, each.dtype) for each in models)
+    longest = min(each.max_model_len for each in models)
+    num_blocks = _num_blocks(config, per_block, longest)
+    backend = kind(model.layers, num_blocks, config.block_size, model.dtype, device)
+    max_model_len = min(longest, num_blocks * config.block_size)
     runner = Runner(
-        model.module, backend, max_running=config.max_running, max_model_len=max_model_len, adapters=adapters
+        model.module,
+        backend,
+        max_running=config.max_running,
+        max_model_len=max_model_len,
+        adapters=adapters,
+        drafter=_drafter(config, draft, num_blocks),
     )
     return runner, plan.WorkerInfo(
         model_path=str(model.path),
         max_model_len=max_model_len,
         vocab_size=model.vocab_size,
         eos_ids=model.eos_ids,
-        num_blocks=backend.num_blocks,
+        num_blocks=num_blocks,
         block_size=config.block_size,
-        kv_bytes_per_block=AttentionBackend.bytes_per_block(model.layers, config.block_size, model.dtype),
+        kv_bytes_per_block=per_block,
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
         attention=kind.name,
@@ -118,15 +123,47 @@ def execute(runner: Runner, step: plan.StepPlan, waited_s: float) -> plan.StepRe
         return plan.StepFailure(step.step, f"{type(error).__name__}: {error}")
 
 
-def _num_blocks(config: plan.WorkerConfig, model: Model) -> int:
+def _attention(config: plan.WorkerConfig, model: Model) -> type[AttentionBackend]:
+    return choose(
+        config.attention,
+        model.device,
+        model.dtype,
+        model.layers,
+        block_size=config.block_size,
+        attributes=model.attributes,
+    )
+
+
+def _draft_model(config: plan.WorkerConfig, model: Model) -> Model | None:
+    """The one that drafts for this model, if one is to. Raises ModelRefused when its tokens mean something else."""
+    if config.speculation is None or config.speculation == plan.NGRAM:
+        return None
+    dtype = str(model.dtype).removeprefix("torch.")
+    draft = load(config.speculation, dtype, str(model.device), config.max_model_len)
+    if draft.vocab_size != model.vocab_size:
+        raise ModelRefused(
+            f"the draft model {config.speculation} has {draft.vocab_size} tokens and the model {model.vocab_size}: "
+            "they must have the same vocabulary"
+        )
+    pack(draft.module, config.weights)
+    return draft
+
+
+def _drafter(config: plan.WorkerConfig, draft: Model | None, num_blocks: int) -> Drafter | None:
+    if draft is not None:
+        kind = _attention(config, draft)
+        return DraftModel(draft, kind(draft.layers, num_blocks, config.block_size, draft.dtype, draft.device))
+    return NGram() if config.speculation == plan.NGRAM else None
+
+
+def _num_blocks(config: plan.WorkerConfig, per_block: int, longest: int) -> int:
     """As many as asked for or as the memory holds, but never more than every slot could fill."""
     if config.num_blocks is not None:
         return config.num_blocks
-    per_block = AttentionBackend.bytes_per_block(model.layers, config.block_size, model.dtype)
     fitting = config.kv_memory_mb * 2**20 // per_block
     if not fitting:
         raise ValueError(f"kv_memory_mb = {config.kv_memory_mb} holds no block of {per_block} bytes")
-    return min(fitting, config.max_running * -(-model.max_model_len // config.block_size))
+    return min(fitting, config.max_running * -(-longest // config.block_size))
 
 
 def _resolve_device(device: str) -> str:

@@ -47,7 +47,7 @@ class Model:
 
 def load(name: str, dtype: str, device: str, max_model_len: int | None = None) -> Model:
     """Load the demo model or a local directory of safetensors. Raises ModelRefused, WeightsError."""
-    path = demo_model() if name == DEMO else Path(name)
+    path = path_of(name)
     if not (path / "config.json").is_file():
         raise ModelRefused(f"{path} holds no config.json: give a directory saved by transformers, or {DEMO!r}")
     if not any(path.glob("*.safetensors")):
@@ -59,6 +59,11 @@ def load(name: str, dtype: str, device: str, max_model_len: int | None = None) -
     check_config(config, max_model_len)
     module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     return adopt(module.to(device), path, max_model_len)
+
+
+def path_of(name: str) -> Path:
+    """Where a model's files are; the demo model's are fetched when they aren't there. Raises WeightsError."""
+    return demo_model() if name == DEMO else Path(name)
 
 
 def adopt(module: PreTrainedModel, path: Path, max_model_len: int | None = None) -> Model:

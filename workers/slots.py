@@ -1,6 +1,6 @@
 """What the worker keeps of each running sequence between steps: its tokens, how many are computed, its block table."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protocol.plan import Admission, Row, StepPlan
+from protocol.plan import Admission, Row, StepPlan, Verification
 from workers.attention import RaggedBatch
 from workers.logits import Rows
 
@@ -46,21 +46,27 @@ class Slots:
         self.tokens[slot, : len(known)] = known.to(self._device, non_blocking=True)
         self.prompt_len[slot] = admission.prompt_len
 
-    def extend(self, rows: Iterable[Row]) -> None:
+    def extend(self, rows: Iterable[Row | Verification]) -> None:
         """Append the rows' new blocks to their slots' tables."""
         for row in rows:
             start = self._num_blocks[row.slot]
             self._tables[row.slot, start : start + len(row.new_blocks)] = row.new_blocks
             self._num_blocks[row.slot] = start + len(row.new_blocks)
 
-    def inputs(self, plan: StepPlan) -> Inputs:
-        """Of the plan's decodes, then its rows, which then count as computed."""
+    def inputs(self, plan: StepPlan, drafted: Sequence[int] = ()) -> Inputs:
+        """Of the plan's decodes, its rows, then its verifications with so many drafts each, which then count as computed."""
         decodes, rows = plan.decodes, plan.rows
-        slots = np.array([*decodes, *(row.slot for row in rows)], dtype=np.int64)
-        lengths = np.array([1] * len(decodes) + [row.length for row in rows], dtype=np.int64)
-        starts = np.concatenate([self._computed[decodes], np.array([row.start for row in rows], dtype=np.int64)])
+        verified = [verification.slot for verification in plan.verifications]
+        slots = np.array([*decodes, *(row.slot for row in rows), *verified], dtype=np.int64)
+        lengths = np.array([1] * len(decodes) + [row.length for row in rows] + [1 + n for n in drafted], dtype=np.int64)
+        given = np.array([row.start for row in rows], dtype=np.int64)
+        starts = np.concatenate([self._computed[decodes], given, self._computed[verified]])
+        self._computed[slots] = starts + lengths
+        return self.ragged(slots, starts, lengths)
+
+    def ragged(self, slots: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Inputs:
+        """So many tokens of each slot from its start on, one slot after the other; all int64 ``[R]``."""
         ends = starts + lengths
-        self._computed[slots] = ends
         query_start = np.fromiter(accumulate(lengths, initial=0), np.int32, len(slots) + 1)
         owner = np.repeat(np.arange(len(slots)), lengths)
         positions = np.arange(query_start[-1]) - query_start[owner] + starts[owner]
@@ -83,6 +89,24 @@ class Slots:
         """Of these slots the tokens at ``positions``, int64 ``[n]``, none over ``longest``, are to be drawn."""
         index = torch.tensor(slots, device=self._device)
         return Rows(slots, index, positions, self.tokens[:, :longest], self.prompt_len)
+
+    def computed(self, slots: list[int]) -> np.ndarray:
+        """How many positions of these are, int64."""
+        return self._computed[slots]
+
+    def roll_back(self, slot: int, positions: int) -> None:
+        """So many of the last positions were computed in vain."""
+        self._computed[slot] -= positions
+
+    def texts(self, slots: list[int]) -> list[np.ndarray]:
+        """On the host, all tokens of these up to the one that a decode would compute, int32."""
+        ends = self._computed[slots] + 1
+        texts = self.tokens[slots, : int(ends.max())].cpu().numpy()
+        return [text[:end] for text, end in zip(texts, ends, strict=True)]
+
+    def write(self, slot: int, position: int, tokens: np.ndarray) -> None:
+        """These tokens, int32, stand from that position on."""
+        self.tokens[slot, position : position + len(tokens)] = self._to_device(tokens)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)

@@ -3,10 +3,11 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from protocol.plan import Admission, Row, StepPlan, Work
+from protocol.plan import Admission, Row, StepPlan, Verdict, Verification, Work
 from scheduler.core.blocks import BlockPool
 from scheduler.core.fairness import FairQueue
 from scheduler.core.sequence import Sequence, State
+from scheduler.core.speculation import Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +32,30 @@ class Limits:
 class Counters:
     """Running totals. ``late_tokens`` were sampled for sequences that had ended meanwhile and were dropped, of these
     ``cancelled_tokens`` for those that were taken out; ``cached_tokens`` were found in the prefix cache, by whoever was
-    admitted."""
+    admitted; ``rejected_tokens`` were drafted in vain."""
 
     preemptions: int = 0
     recomputed_tokens: int = 0
     late_tokens: int = 0
     cancelled_tokens: int = 0
     cached_tokens: int = 0
+    rejected_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Speculator:
+    """Whose a verification is, the blocks that it had then, and at most how many positions were computed before."""
+
+    sequence: Sequence
+    blocks: list[int]
+    start: int
 
 
 @dataclass(slots=True)
 class Draft:
     """A step in the making, then in flight. ``decoders``: whose the ``decodes`` are; ``owners``: whose each row is, and the
-    blocks that it had then; ``samplers``: whose each sampled token will be.
+    blocks that it had then; ``speculators``: whose the ``verifications`` are; ``samplers``: whose each sampled token will be.
+    ``drafted``: tokens that each verification may have drafted, then has.
 
     ``context``: how many positions the decodes see. ``prefilled``: tokens of prompts. ``started``: who runs for the first time.
     """
@@ -55,37 +67,45 @@ class Draft:
     decoders: list[Sequence] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     owners: list[tuple[Sequence, list[int]]] = field(default_factory=list)
+    verifications: list[Verification] = field(default_factory=list)
+    speculators: list[Speculator] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
     samplers: list[Sequence] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
     context: int = 0
     prefilled: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.decodes or self.rows)
+        return bool(self.decodes or self.rows or self.verifications)
 
     @property
     def plan(self) -> StepPlan:
-        return StepPlan(self.step, self.admissions, self.decodes, self.rows)
+        return StepPlan(self.step, self.admissions, self.decodes, self.rows, self.verifications)
 
     @property
     def tokens(self) -> int:
         """How many are computed."""
-        return len(self.decodes) + sum(row.length for row in self.rows)
+        return len(self.decodes) + sum(row.length for row in self.rows) + len(self.drafted) + sum(self.drafted)
 
     @property
     def work(self) -> Work:
-        starts, lengths = [row.start for row in self.rows], [row.length for row in self.rows]
+        starts = [row.start for row in self.rows] + [speculator.start for speculator in self.speculators]
+        lengths = [row.length for row in self.rows] + [1 + drafted for drafted in self.drafted]
         context = self.context + sum(starts) + sum(lengths)
         # The last token of each row sees its whole context; those before it, less and less.
         rest = sum(
             (length - 1) * (2 * start + length) for start, length in zip(starts, lengths, strict=True) if length > 1
         )
-        return Work(len(self.decodes) + len(self.rows), self.tokens, context, context + rest // 2)
+        return Work(len(self.decodes) + len(starts), self.tokens, context, context + rest // 2)
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Whose its decodes and rows are."""
-        return tuple([sequence.id for sequence in self.decoders] + [owner.id for owner, _ in self.owners])
+        """Whose its decodes, rows and verifications are."""
+        return tuple(
+            [sequence.id for sequence in self.decoders]
+            + [owner.id for owner, _ in self.owners]
+            + [speculator.sequence.id for speculator in self.speculators]
+        )
 
     @property
     def starts(self) -> dict[str, int]:
@@ -93,9 +113,9 @@ class Draft:
         return {sequence.id: sequence.cached for sequence in self.started}
 
     def ends(self) -> list[tuple[Sequence, int]]:
-        """Up to where it computes each sequence, as long as it is the oldest in flight."""
-        decoded = [(sequence, len(sequence.tokens)) for sequence in self.decoders]
-        return decoded + [
+        """Up to where it computes each sequence at least, as long as it is the oldest in flight."""
+        decoders = self.decoders + [speculator.sequence for speculator in self.speculators]
+        return [(sequence, len(sequence.tokens)) for sequence in decoders] + [
             (sequence, row.start + row.length) for (sequence, _), row in zip(self.owners, self.rows, strict=True)
         ]
 
@@ -108,10 +128,11 @@ class Batch:
     """What policies act on. ``running`` holds who runs, the oldest first: who is ``decoding`` has one token to compute in the
     next step, who is ``prefilling`` may have more. ``adapters``: how many run with each. ``draft`` is the step in the making."""
 
-    def __init__(self, limits: Limits, pool: BlockPool, queue: FairQueue) -> None:
+    def __init__(self, limits: Limits, pool: BlockPool, queue: FairQueue, speculation: Speculation | None) -> None:
         self.limits = limits
         self.pool = pool
         self.queue = queue
+        self.speculation = speculation
         self.counters = Counters()
         self.running: dict[str, Sequence] = {}
         self.decoding: dict[str, Sequence] = {}
@@ -179,8 +200,12 @@ class Batch:
         return sum(1 for sequence in self.decoding.values() if _needs_block(sequence)) - free
 
     def decode(self, sequences: list[Sequence] | None = None) -> None:
-        """Give all that decode, or those named, their one token. Raises OutOfBlocks when there was a ``shortage``."""
+        """Give all that decode, or those named, their one token; of all, some may speculate. Raises OutOfBlocks when there was
+        a ``shortage``."""
         draft = self.draft
+        shares = self._shares() if sequences is None else {}
+        if shares:
+            sequences = [sequence for sequence in self.decoding.values() if sequence not in shares]
         slots, smooth, others, context = draft.decodes, draft.decoders, [], 0
         for sequence in self.decoding.values() if sequences is None else sequences:
             position = sequence.computed
@@ -197,6 +222,8 @@ class Batch:
         draft.budget -= len(smooth)
         for sequence in others:
             self._decode_unsmooth(sequence)
+        for sequence, drafts in shares.items():
+            self._verify(sequence, drafts)
 
     def prefill(self, sequence: Sequence, length: int) -> None:
         """Compute ``length`` more of its tokens; with the last one it decodes from then on."""
@@ -213,6 +240,9 @@ class Batch:
             if sequence.state is State.RUNNING:
                 sequence.computed -= 1
                 sequence.untell()
+        for speculator, verification in zip(draft.speculators, draft.verifications, strict=True):
+            self.correct(speculator, 1 + verification.drafts, verification.drafts)
+            speculator.sequence.untell()
         for (sequence, blocks), row in zip(draft.owners, draft.rows, strict=True):
             if sequence.blocks is blocks and sequence.state is State.RUNNING:
                 sequence.computed = row.start
@@ -221,9 +251,49 @@ class Batch:
                     self.prefilling[sequence.id] = sequence
                     self.decoding.pop(sequence.id, None)
 
+    def correct(self, speculator: Speculator, tokens: int, drafts: int) -> None:
+        """So many of a speculator's planned ``tokens`` won't come; its ``drafts`` have been judged, or never will be."""
+        sequence = speculator.sequence
+        sequence.unseen -= tokens
+        sequence.drafted -= drafts
+        if sequence.blocks is speculator.blocks:
+            sequence.computed -= tokens
+
+    def observe(self, sequence: Sequence, verdict: Verdict) -> None:
+        """Learn from what became of a sequence's drafts."""
+        assert self.speculation is not None
+        self.speculation.observe(sequence, verdict)
+        self.counters.rejected_tokens += verdict.drafted - verdict.accepted
+
+    def _shares(self) -> dict[Sequence, int]:
+        """Who may speculate, and how far: only where nobody else could use the room."""
+        if self.speculation is None or self.prefilling or self.pool.num_free < len(self.decoding):
+            return {}
+        return self.speculation.shares(self.decoding.values(), self.draft.budget)
+
+    def _verify(self, sequence: Sequence, drafts: int) -> None:
+        """Compute its newest token and so many drafts, wherever it stands when that is known; blocks for all of them are taken.
+
+        Those of rejected drafts stay with it: its next tokens need them.
+        """
+        draft, start = self.draft, sequence.computed
+        sequence.computed += 1 + drafts
+        sequence.unseen += 1 + drafts
+        sequence.drafted += drafts
+        self.pool.grow(sequence, self.pool.blocks_for(sequence.computed) - len(sequence.blocks))
+        draft.verifications.append(Verification(sequence.slot, drafts, sequence.take_new_blocks()))
+        draft.speculators.append(Speculator(sequence, sequence.blocks, start))
+        draft.drafted.append(drafts)
+        draft.budget -= 1 + drafts
+
     def _decode_unsmooth(self, sequence: Sequence) -> None:
         """A decode that has all its tokens planned, lacks a block, or that the worker must be told more of than its slot."""
-        if sequence.computed + 1 < sequence.end_len:
+        if sequence.computed + 1 >= sequence.end_len:
+            return
+        if sequence.drafted:
+            # Where it stands isn't known yet, and a row would have to say.
+            self._verify(sequence, 0)
+        else:
             if sequence.computed == sequence.room:
                 self.pool.grow(sequence, 1)
             self._add_row(sequence, 1)
@@ -238,15 +308,12 @@ class Batch:
         start = sequence.computed
         sequence.computed += length
         samples = sequence.computed == len(sequence.tokens) + sequence.unseen
-        new_blocks = sequence.blocks[sequence.sent_blocks :]
-        sequence.sent_blocks = len(sequence.blocks)
-        draft.rows.append(Row(sequence.slot, start, length, new_blocks, samples))
+        draft.rows.append(Row(sequence.slot, start, length, sequence.take_new_blocks(), samples))
         draft.owners.append((sequence, sequence.blocks))
         draft.budget -= length
         if samples:
             draft.samplers.append(sequence)
             sequence.unseen += 1
-            sequence.smooth_until = min(sequence.room, sequence.end_len - 1)
 
     def _has_adapter_for(self, sequence: Sequence) -> bool:
         """Whether its adapter is in use already, or another one may be."""

@@ -10,10 +10,13 @@ After a step that failed only those who were in it run, half of them at a time, 
 """
 
 from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from itertools import chain
 
 import msgspec
 
-from protocol.plan import StepPlan
+from protocol.plan import StepPlan, StepResult, Verdict
 from scheduler.core.batch import Batch, Counters, Draft, Limits
 from scheduler.core.blocks import BlockPool
 from scheduler.core.fairness import FairQueue
@@ -21,6 +24,7 @@ from scheduler.core.policies.base import Policy
 from scheduler.core.policies.fair import Fair
 from scheduler.core.policies.trial import Trial
 from scheduler.core.sequence import FinishReason, Sequence, State
+from scheduler.core.speculation import Speculation
 from scheduler.core.suspects import Suspects
 
 
@@ -37,13 +41,24 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False):
 
 
 class Batcher:
-    """Holds every unfinished sequence. All methods are synchronous and deterministic."""
+    """Holds every unfinished sequence. All methods are synchronous and deterministic.
 
-    def __init__(self, limits: Limits, pool: BlockPool, policy: Policy | None = None) -> None:
+    Raises ValueError when ``speculation`` could need two blocks at once.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        pool: BlockPool,
+        policy: Policy | None = None,
+        speculation: Speculation | None = None,
+    ) -> None:
+        if speculation is not None and speculation.max_draft >= pool.block_size:
+            raise ValueError(f"{speculation.max_draft} drafts are too many for blocks of {pool.block_size}")
         self.limits = limits
         self.pool = pool
         self.policy = policy or Fair()
-        self._batch = Batch(limits, pool, self.policy.queue)
+        self._batch = Batch(limits, pool, self.policy.queue, speculation)
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[Draft] = deque()
         self._suspects = Suspects()
@@ -110,23 +125,25 @@ class Batcher:
         self._step += 1
         return draft.plan
 
-    def draft_of(self, plan: StepPlan) -> Draft:
-        """What is behind a plan in flight."""
+    def draft_of(self, plan: StepPlan | StepResult) -> Draft:
+        """What is behind a plan in flight, or its result."""
         return next(draft for draft in self._in_flight if draft.step == plan.step)
 
-    def apply(self, step: int, tokens: list[int]) -> list[TokenEvent]:
+    def apply(self, step: int, tokens: list[int], verdicts: Items[Verdict] = ()) -> list[TokenEvent]:
         """Take the tokens a step sampled. Steps are applied in the order they were planned; raises ValueError if not."""
         due = self._in_flight[0] if self._in_flight else Draft(-1, 0)
-        if due.step != step or len(due.samplers) != len(tokens):
+        if (due.step, len(due.samplers), len(due.speculators)) != (step, len(tokens), len(verdicts)):
             raise ValueError(
-                f"result of step {step} with {len(tokens)} tokens; {due.step} with {len(due.samplers)} was due"
+                f"result of step {step} with {len(tokens)} tokens and {len(verdicts)} verdicts; "
+                f"{due.step} with {len(due.samplers)} and {len(due.speculators)} was due"
             )
         self._in_flight.popleft()
         self._acquit(due)
         for (sequence, blocks), row in zip(due.owners, due.rows, strict=True):
             if sequence.blocks is blocks:
                 self.pool.remember(sequence, row.start + row.length)
-        return self._accept(due, tokens)
+        verified = self._judge(due, verdicts) if verdicts else ()
+        return self._accept(chain(zip(due.samplers, tokens, strict=True), verified))
 
     def fail(self, *, lost: bool) -> list[Sequence]:
         """The oldest step in flight failed, so all of them are void; ``lost``: with all that the worker had in memory.
@@ -154,7 +171,7 @@ class Batcher:
         for sequence in list(self.running.values()):
             self._batch.preempt(sequence)
         for sequence in self.queue:
-            sequence.unseen = 0
+            sequence.unseen = sequence.drafted = 0
         self.pool.forget_content()
 
     def _draft(self, most: int | None) -> Draft:
@@ -172,11 +189,24 @@ class Batcher:
                 self._failing.discard(sequence.id)
         self._failing &= self._sequences.keys()
 
-    def _accept(self, passed: Draft, tokens: list[int]) -> list[TokenEvent]:
+    def _judge(self, passed: Draft, verdicts: Items[Verdict]) -> list[tuple[Sequence, int]]:
+        """Roll back what was rejected; returns the tokens that are left, and whose they are."""
+        passed.drafted = [verdict.drafted for verdict in verdicts]
+        verified: list[tuple[Sequence, int]] = []
+        for speculator, planned, verdict in zip(passed.speculators, passed.verifications, verdicts, strict=True):
+            sequence = speculator.sequence
+            self._batch.correct(speculator, planned.drafts + 1 - len(verdict.tokens), planned.drafts)
+            self._batch.observe(sequence, verdict)
+            if sequence.blocks is speculator.blocks:
+                self.pool.remember(sequence, len(sequence.tokens) - 1)
+            verified += [(sequence, token) for token in verdict.tokens]
+        return verified
+
+    def _accept(self, sampled: Iterable[tuple[Sequence, int]]) -> list[TokenEvent]:
         events: list[TokenEvent] = []
         delivered: dict[str, int] = {}
         ended = State.ENDED
-        for sequence, token in zip(passed.samplers, tokens, strict=True):
+        for sequence, token in sampled:
             if sequence.state is ended:
                 self.counters.late_tokens += 1
                 self.counters.cancelled_tokens += sequence.finish_reason(sequence.tokens[-1]) is None

@@ -23,8 +23,10 @@ class Sequence:
 
     ``computed`` counts the leading positions whose KV is computed or planned; ``unseen`` the tokens a planned step will
     sample (0 or 1 with one step in flight at a time, up to one more per step planned ahead). ``room``: tokens that its blocks
-    hold. Up to position ``smooth_until`` the worker needs no news for a decode. ``failures`` counts the steps with it that
-    failed, since one passed. ``output`` given at the start was generated before, by another process.
+    hold. Up to position ``smooth_until`` the worker needs no news for a decode. ``drafted`` of the unseen tokens
+    may be rejected: until that is known, ``computed`` and ``unseen`` are the most they can be. ``acceptance``: the share of its
+    drafts that were right, lately. ``failures`` counts the steps with it that failed, since one passed. ``output`` given at the
+    start was generated before, by another process.
 
     Within a tenant a higher ``priority`` goes first, then the earlier ``deadline`` (on any clock that all share), then the
     smaller ``number``, which its queue gives it. ``returned``: when it came, its tenant had nothing waiting and less service
@@ -34,12 +36,14 @@ class Sequence:
     """
 
     __slots__ = (
+        "acceptance",
         "adapter",
         "blocks",
         "cached",
         "charged",
         "computed",
         "deadline",
+        "drafted",
         "end_len",
         "failures",
         "id",
@@ -102,6 +106,8 @@ class Sequence:
         self.state = State.WAITING
         self.slot = -1
         self.unseen = 0
+        self.drafted = 0
+        self.acceptance = 0.5
         self.failures = 0
         self.release()
 
@@ -137,6 +143,13 @@ class Sequence:
         self.told = False
         self.sent_blocks = 0
         self.smooth_until = 0
+
+    def take_new_blocks(self) -> list[int]:
+        """Those that the worker hasn't been told of, and now is: a decode within its blocks needs no more news."""
+        new_blocks = self.blocks[self.sent_blocks :]
+        self.sent_blocks = len(self.blocks)
+        self.smooth_until = min(self.room, self.end_len - 1)
+        return new_blocks
 
     @property
     def output(self) -> list[int]:

@@ -13,11 +13,12 @@ from scheduler.metrics.labels import Labels
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
 _LONG_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _SHORT_SECONDS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_DRAFTS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 #: How an accepted request may end.
 OUTCOMES = ("stop", "length", "cancelled", "expired", "error")
-_WASTED = ("recompute", "cancelled", "ended")
+_WASTED = ("recompute", "cancelled", "ended", "speculation")
 
 
 class TenantSeries:
@@ -138,7 +139,7 @@ class Metrics:
         )
         self.wasted = Counter(
             "tokenbus_wasted_tokens",
-            "Tokens computed in vain: before a preemption, after a cancel, after an end not known yet",
+            "Tokens computed in vain: before a preemption, after a cancel, after an end not known yet, as rejected drafts",
             ["reason"],
             registry=registry,
         )
@@ -163,6 +164,9 @@ class Metrics:
             "step_gap_seconds", "How long the worker waited for its next step while there was work", _SHORT_SECONDS
         )
         self.batch_size = of_steps("batch_rows", "Sequences in a step", _ROWS)
+        self.accepted_drafts = of_steps(
+            "accepted_draft_tokens", "Drafted tokens that were accepted, of those of a sequence in a step", _DRAFTS
+        )
 
     def take_tenants(self, tiers: Mapping[str, str]) -> None:
         """From now on the configuration names these tenants, of these tiers."""
@@ -190,6 +194,7 @@ class Metrics:
         self.wasted.labels("recompute").inc(self._growth("recompute", report.recomputed_tokens))
         self.wasted.labels("cancelled").inc(cancelled)
         self.wasted.labels("ended").inc(self._growth("late", report.late_tokens) - cancelled)
+        self.wasted.labels("speculation").inc(self._growth("rejected", report.rejected_tokens))
         self.worker_restarts.inc(self._growth("restarts", report.worker_restarts))
 
     def _observe_work(self, report: StepReport) -> None:
@@ -199,6 +204,8 @@ class Metrics:
         self.gap.observe(report.waited_s)
         self.computed.labels("prefill").inc(report.prefill_tokens)
         self.computed.labels("decode").inc(report.decode_tokens)
+        for accepted in report.accepted:
+            self.accepted_drafts.observe(accepted)
 
     def _growth(self, name: str, total: int) -> int:
         """How far a running total of the batcher has grown since the last report."""

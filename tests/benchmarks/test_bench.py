@@ -1,6 +1,7 @@
 """The benchmarks run, count right and agree with each other; their figures are looked at by people, not by tests."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ from benchmarks import report
 from benchmarks.fairness import FairnessFigures
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
+from benchmarks.speculation import SpeculationFigures
 from benchmarks.workload import load, mixed
 from tests.workers.models import save, servable, tiny
+from workers.weights import demo_model
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -32,8 +35,12 @@ def served(tmp_path_factory) -> str:
 
 
 def bench(name: str, *arguments: str) -> dict:
+    return call(name, "--max-running", "4", *arguments)
+
+
+def call(name: str, *arguments: str) -> dict:
     done = subprocess.run(
-        [sys.executable, "-m", "scheduler.cli", "bench", name, "--json", "--max-running", "4", *arguments],
+        [sys.executable, "-m", "scheduler.cli", "bench", name, "--json", *arguments],
         capture_output=True,
         text=True,
         check=True,
@@ -149,6 +156,23 @@ def test_fairness_serves_both_policies_the_same_arrivals_and_sees_the_difference
     assert ours["largest_gap"] < theirs["largest_gap"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"the bound is {figures['bound']:,.0f}." in report.fairness_text(msgspec.convert(figures, FairnessFigures))
+
+
+def test_speculation_writes_the_same_tokens_in_fewer_steps(tmp_path):
+    model = servable(tmp_path, vocab_size=49152, initializer_range=0.02)
+    shutil.copy(demo_model() / "chat_template.jinja", model)
+    sizes = ("--batch", "1", "--single", "2", "--output-tokens", "40", "--rounds", "1")
+    figures = call("speculation", "--model", str(model), *sizes)
+    (case,) = figures["batches"]
+    off, on = case["off"], case["on"]
+    assert (case["batch"], case["requests"]) == (1, 2)
+    assert case["same_tokens"]
+    assert off["output_tokens"] == on["output_tokens"] > 0
+    assert off["drafted_tokens"] == 0 < on["drafted_tokens"]
+    assert case["step_ratio"] == off["steps"] / on["steps"]
+    assert case["rate_ratio"] == on["output_tokens_per_s"] / off["output_tokens_per_s"]
+    table = report.speculation_table(msgspec.convert(figures, SpeculationFigures)).splitlines()
+    assert [line.count("|") for line in table[:3]] == [7] * 3
 
 
 def test_prefix_counts_what_is_computed_and_of_whom(served):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scheduler.config import Config, EngineConfig, ModelConfig
 from scheduler.core.sequence import Sequence
 from scheduler.loop import Engine
+from scheduler.metrics import Metrics
 from scheduler.worker import Worker, WorkerRefused
 from tests.leads import AtOnce, Never
 from tests.workers.models import generate, save, tiny
@@ -134,6 +135,40 @@ async def test_a_killed_worker_with_two_steps_in_its_pipe_costs_nobody_a_token(t
         return outputs
 
     assert await run(killing=True) == await run(killing=False)
+
+
+@pytest.mark.parametrize("way", ["ngram", "a draft model"])
+async def test_drafts_change_no_token_and_are_counted(tiny_model, way):
+    """With two steps in the pipe, one of which dies with its worker; the model is its own draft model."""
+    draw = random.Random(7)
+    prompts = {str(index): [draw.randrange(3, 97) for _ in range(10)] for index in range(4)}
+    metrics, reports = Metrics(), []
+
+    def kill_once(report) -> None:
+        metrics.observe_step(report)
+        reports.append(report)
+        if len(reports) == 9:
+            os.kill(engine.worker_pid, signal.SIGKILL)
+
+    speculation = tiny_model if way == "a draft model" else way
+    config = tiny_config(tiny_model, max_running=3, num_blocks=64, speculation=speculation)
+    async with Engine(config.worker(), lead=AtOnce(), speculation=config.speculation()) as engine:
+        for id, prompt in prompts.items():
+            engine.submit(Sequence(id, prompt, max_tokens=60))
+        outputs = await collect(engine, set(prompts), kill_once)
+        assert engine.worker_restarts == 1
+    for id, prompt in prompts.items():
+        assert outputs[id] == generate(tiny("llama"), prompt, 60)
+    verified = [accepted for report in reports for accepted in report.accepted]
+    assert sum(verified) > 0
+
+    def sample(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"tokenbus_{name}", labels)
+
+    assert sample("accepted_draft_tokens_count") == len(verified)
+    assert sample("accepted_draft_tokens_sum") == sum(verified)
+    assert sample("wasted_tokens_total", reason="speculation") == engine.batcher.counters.rejected_tokens
+    assert sample("tokens_total", kind="generated") == sum(map(len, outputs.values()))
 
 
 async def answers(engine: Engine, prompts: dict[str, list[int]]) -> tuple[dict[str, list[int]], int]:

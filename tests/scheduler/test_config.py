@@ -79,6 +79,18 @@ def test_a_password_ends_before_the_line_does(tmp_path):
     assert read_password(file) == "two words"
 
 
+def test_speculation_is_off_unless_told_and_drafts_less_than_a_block():
+    assert Config().speculation() is None
+    assert Config().worker().speculation is None
+    config = load(flags={"engine.speculation": "ngram", "engine.max_draft": "15", "engine.cheap_tokens": "40"})
+    speculation = config.speculation()
+    assert speculation is not None
+    assert (speculation.max_draft, speculation.cheap_tokens) == (15, 40)
+    assert config.worker().speculation == "ngram"
+    with pytest.raises(ConfigError, match=r"engine\.max_draft: must be less than engine\.block_size"):
+        load(flags={"engine.speculation": "ngram", "engine.max_draft": "16"})
+
+
 def test_unreadable_files_are_named(tmp_path):
     file = tmp_path / "broken.toml"
     file.write_text("[engine")

@@ -68,6 +68,7 @@ def report(*ids: str, tokens: int = 8, ok: bool = True) -> StepReport:
         recomputed_tokens=0,
         late_tokens=0,
         cached_tokens=0,
+        rejected_tokens=0,
         worker_restarts=0,
         ok=ok,
         events=[TokenEvent(id, 65, None) for id in ids],

@@ -1,27 +1,33 @@
 """Batcher and runner in one process, so that a test decides what comes when."""
 
 import random
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from protocol.plan import Sampling, Scored
+from protocol.plan import Sampling, Scored, StepResult
 from scheduler.core import policies
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher
 from scheduler.core.blocks import BlockPool
 from scheduler.core.policies import PolicyName
 from scheduler.core.sequence import Sequence
+from scheduler.core.speculation import Speculation
 from workers.attention import choose
+from workers.draft_model import DraftModel
+from workers.drafts import Drafter, NGram
 from workers.lora import Adapters
-from workers.model import adopt
+from workers.model import Model, adopt
 from workers.packing import pack
 from workers.runner import Runner
 
 
 class LocalEngine:
+    """``draft``: ``ngram``, or a draft model; then at most ``max_draft`` tokens are drafted, in steps of less than ``cheap``."""
+
     def __init__(
         self,
         module: PreTrainedModel,
@@ -35,23 +41,41 @@ class LocalEngine:
         longest: int = 128,
         policy: PolicyName = "fair",
         prefix_cache: bool = False,
+        draft: str | PreTrainedModel | None = None,
+        max_draft: int = 5,
+        cheap: int = 64,
         adapters: Mapping[str, Path] | None = None,
         max_adapters: int = 8,
     ) -> None:
+        def backend(model: Model):
+            kind = choose(
+                attention, model.device, torch.float32, model.layers, block_size=block_size, attributes=model.attributes
+            )
+            return kind(model.layers, blocks, block_size, torch.float32, model.device)
+
         model = adopt(module, Path())
         loaded = Adapters(model.module, adapters or {}, max_adapters)
-        device = torch.device("cpu")
-        kind = choose(
-            attention, device, torch.float32, model.layers, block_size=block_size, attributes=model.attributes
-        )
         pack(model.module, weights)
-        backend = kind(model.layers, blocks, block_size, torch.float32, device)
+        drafter: Drafter | None = NGram() if draft == "ngram" else None
+        if isinstance(draft, PreTrainedModel):
+            guessing = adopt(draft, Path())
+            drafter = DraftModel(guessing, backend(guessing))
         pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
-        self.batcher = Batcher(Limits(running, budget, longest, max_adapters), pool, policies.create(policy))
-        self.runner = Runner(model.module, backend, max_running=running, max_model_len=longest, adapters=loaded)
+        speculation = Speculation(max_draft, cheap) if drafter else None
+        limits = Limits(running, budget, longest, max_adapters)
+        self.batcher = Batcher(limits, pool, policies.create(policy), speculation)
+        self.runner = Runner(
+            model.module,
+            backend(model),
+            max_running=running,
+            max_model_len=longest,
+            adapters=loaded,
+            drafter=drafter,
+        )
         self.outputs: dict[str, list[int]] = {}
         self.scored: dict[str, list[Scored]] = {}
         self.prompts: dict[str, dict[int, Scored]] = {}
+        self.accepted: list[tuple[int, int]] = []
 
     def submit(
         self,
@@ -68,23 +92,37 @@ class LocalEngine:
         self.batcher.submit(Sequence(id, prompt, max_tokens=length, stop_ids=stop, sampling=sampling, adapter=adapter))
 
     def step(self) -> bool:
-        plan = self.batcher.plan()
-        if plan is None:
+        result = self.run_next()
+        if result is None:
             return False
-        result = self.runner.step(plan)
-        draft = self.batcher.draft_of(plan)
+        self.apply(result)
+        return True
+
+    def run_next(self) -> StepResult | None:
+        """Plan a step and run it; its result may be applied later."""
+        plan = self.batcher.plan()
+        return None if plan is None else self.runner.step(plan)
+
+    def apply(self, result: StepResult) -> None:
+        draft = self.batcher.draft_of(result)
         for index, scored in result.scored.items():
             self.scored.setdefault(draft.samplers[index].id, []).append(scored)
         for index, part in result.prompts.items():
-            (sequence, _), row = draft.owners[index], plan.rows[index]
-            self.prompts.setdefault(sequence.id, {}).update(enumerate(part, start=row.start + 1))
-        for event in self.batcher.apply(result.step, result.tokens):
+            sequence, _ = draft.owners[index]
+            self.prompts.setdefault(sequence.id, {}).update(enumerate(part, start=draft.rows[index].start + 1))
+        self.accepted += [(verdict.accepted, verdict.drafted) for verdict in result.verdicts]
+        for event in self.batcher.apply(result.step, result.tokens, result.verdicts):
             self.outputs[event.id].append(event.token)
-        return True
 
-    def finish(self) -> dict[str, list[int]]:
-        while self.step():
-            pass
+    def finish(self, *, ahead: int = 1) -> dict[str, list[int]]:
+        """Until all have ended, with so many steps planned before the first one's result is known."""
+        results: deque[StepResult] = deque()
+        while True:
+            while len(results) < ahead and (result := self.run_next()) is not None:
+                results.append(result)
+            if not results:
+                break
+            self.apply(results.popleft())
         assert self.batcher.pool.num_free == self.batcher.pool.num_blocks
         return self.outputs
 

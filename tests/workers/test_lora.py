@@ -47,6 +47,19 @@ def prompt(number: int) -> list[int]:
     return torch.randint(3, 97, (5 + 3 * number,), generator=torch.Generator().manual_seed(number)).tolist()
 
 
+@pytest.mark.parametrize("draft", ["ngram", "model"])
+def test_drafts_change_no_token_of_an_adapter(base, adapted, draft):
+    way = draft if draft == "ngram" else copy.deepcopy(base)
+    engine = LocalEngine(copy.deepcopy(base), weights="plain", adapters=paths(adapted), draft=way)
+    rows = [(name or "base", name) for name in ("", *KINDS)]
+    for id, name in rows:
+        engine.submit(id, prompt(1), LENGTH, adapter=name)
+    engine.finish(ahead=2)
+    for id, name in rows:
+        assert engine.outputs[id] == generate(adapted[name][1] if name else base, prompt(1), LENGTH), id
+    assert sum(drafted for _, drafted in engine.accepted) > 0
+
+
 @pytest.mark.parametrize("weights", ["plain", "float32"])
 def test_each_row_of_a_mixed_batch_is_what_peft_gives(base, adapted, weights):
     engine = LocalEngine(copy.deepcopy(base), weights=weights, adapters=paths(adapted), prefix_cache=True)

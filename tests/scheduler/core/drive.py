@@ -5,6 +5,7 @@ from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher, TokenEvent
 from scheduler.core.blocks import BlockPool
 from scheduler.core.sequence import Sequence
+from scheduler.core.speculation import Speculation
 
 EOS = 2
 TOKEN = 7
@@ -20,9 +21,10 @@ def make(
     longest: int = 128,
     cache: bool = False,
     weights: dict[str, float] | None = None,
+    speculation: Speculation | None = None,
 ) -> Batcher:
     pool = BlockPool(blocks, size, prefix_cache=cache)
-    return Batcher(Limits(running, budget, longest), pool, policies.create(policy, weights))
+    return Batcher(Limits(running, budget, longest), pool, policies.create(policy, weights), speculation)
 
 
 def sequence(id: str, prompt: int | list[int], max_tokens: int = 8, **keywords) -> Sequence:

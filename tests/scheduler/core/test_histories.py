@@ -1,5 +1,5 @@
 """Invariants of the batcher after every step of random histories, under every policy: arrivals, cancels, crashes, tiny pools,
-prompts that begin alike, steps planned ahead."""
+prompts that begin alike, steps planned ahead, drafts right and wrong."""
 
 from collections import deque
 
@@ -7,12 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from protocol.plan import Row, StepPlan
+from protocol.plan import Row, StepPlan, Verdict, Verification
 from scheduler.core import policies
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher
 from scheduler.core.blocks import BlockPool
 from scheduler.core.sequence import Sequence, State
+from scheduler.core.speculation import Speculation
 
 EOS = 1
 
@@ -27,7 +28,7 @@ class Worker:
         self.texts: dict[int, dict[int, int]] = {}
         self.computed: dict[int, int | None] = {}
 
-    def run(self, plan: StepPlan, sample) -> list[int]:
+    def run(self, plan: StepPlan, sample) -> tuple[list[int], list[Verdict]]:
         for admission in plan.admissions:
             self.tables[admission.slot] = []
             self.computed[admission.slot] = None
@@ -44,7 +45,30 @@ class Worker:
             if row.sample:
                 text[end] = sample([self.kv[self._place(row.slot, position)] for position in range(end)])
                 tokens.append(text[end])
-        return tokens
+        return tokens, [self._verify(verification, sample) for verification in plan.verifications]
+
+    def _verify(self, verification: Verification, sample) -> Verdict:
+        """Drafts are as often right as wrong, and sometimes fewer than asked for."""
+        slot, text = verification.slot, self.texts[verification.slot]
+        self.tables[slot] += verification.new_blocks
+        start = self.computed[slot]
+        self.kv[self._place(slot, start)] = text[start]
+        right: list[int] = []
+        for position in range(start, start + verification.drafts):
+            right.append(sample([text[at] for at in range(position + 1)]))
+            text[position + 1] = right[-1]
+        drafted = max(verification.drafts - start % 2, 0)
+        drafts = [token + (position * token) % 3 // 2 for position, token in enumerate(right[:drafted], start)]
+        for position, token in enumerate([text[start], *drafts], start):
+            self.kv[self._place(slot, position)] = token
+        tokens: list[int] = []
+        for position in range(start, start + drafted + 1):
+            tokens.append(sample([self.kv[self._place(slot, at)] for at in range(position + 1)]))
+            text[position + 1] = tokens[-1]
+            if tokens != drafts[: len(tokens)]:
+                break
+        self.computed[slot] = start + len(tokens)
+        return Verdict(drafted, tokens)
 
     def _place(self, slot: int, position: int) -> tuple[int, int]:
         return self.tables[slot][position // self.block_size], position % self.block_size
@@ -57,24 +81,28 @@ class Worker:
 
 
 def slots_of(plan: StepPlan) -> list[int]:
-    return plan.decodes + [row.slot for row in plan.rows]
+    return plan.decodes + [each.slot for each in plan.rows + plan.verifications]
 
 
 class Histories(RuleBasedStateMachine):
     @initialize(
         running=st.integers(1, 5),
         extra_budget=st.integers(0, 12),
-        blocks=st.integers(3, 14),
-        size=st.integers(1, 4),
+        blocks=st.integers(3, 16),
+        size=st.sampled_from([1, 2, 3, 4, 4, 4]),
         ahead=st.integers(1, 2),
         cache=st.booleans(),
         policy=st.sampled_from(["fair", "fair", *policies.NAMES]),
         public=st.integers(0, 12),
+        drafts=st.sampled_from([0, 1, 2, 3, 3]),
+        cheap=st.integers(2, 12),
     )
-    def start(self, running, extra_budget, blocks, size, ahead, cache, policy, public):
+    def start(self, running, extra_budget, blocks, size, ahead, cache, policy, public, drafts, cheap):
         pool = BlockPool(blocks, size, prefix_cache=cache)
         pool.share(list(range(100, 100 + public)))
-        self.batcher = Batcher(Limits(running, running + extra_budget, 40), pool, policies.create(policy))
+        drafts = min(drafts, size - 1)
+        speculation = Speculation(drafts, cheap) if drafts else None
+        self.batcher = Batcher(Limits(running, running + extra_budget, 40), pool, policies.create(policy), speculation)
         self.policy = policy
         self.room = min(40, blocks * size)
         self.ahead = ahead
@@ -91,7 +119,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(
         prompt=st.integers(1, 12),
-        max_tokens=st.integers(1, 10),
+        max_tokens=st.integers(1, 20),
         poison=st.none() | st.integers(0, 12),
         tenant=st.sampled_from("abc"),
         like=st.none() | st.integers(0, 1),
@@ -126,7 +154,8 @@ class Histories(RuleBasedStateMachine):
         if plan is None:
             return
         limits, work = self.batcher.limits, self.batcher.draft_of(plan).work
-        assert 0 < work.tokens == len(plan.decodes) + sum(row.length for row in plan.rows)
+        verified = sum(1 + verification.drafts for verification in plan.verifications)
+        assert 0 < work.tokens == len(plan.decodes) + sum(row.length for row in plan.rows) + verified
         if self.policy in ("fair", "chunked"):
             assert work.tokens <= limits.max_batch_tokens
         slots = slots_of(plan)
@@ -136,7 +165,7 @@ class Histories(RuleBasedStateMachine):
         poisonous = any(
             self.sequences[id].computed > self.poison.get(id, 1000) for id in self.batcher.draft_of(plan).ids
         )
-        fails = any(tokens is None for _, tokens, _ in self.in_flight) or poisonous
+        fails = any(result is None for _, result, _ in self.in_flight) or poisonous
         self.in_flight.append((plan, None if fails else self.worker.run(plan, self.sample), poisonous))
 
     def fail(self, *, lost):
@@ -165,9 +194,9 @@ class Histories(RuleBasedStateMachine):
         if self.in_flight[0][1] is None:
             self.fail(lost=False)
             return
-        plan, tokens, _ = self.in_flight.popleft()
+        plan, result, _ = self.in_flight.popleft()
         free = self.batcher.pool.num_free
-        events = self.batcher.apply(plan.step, tokens)
+        events = self.batcher.apply(plan.step, *result)
         for event in events:
             assert event.id not in self.ended
             self.emitted[event.id].append(event.token)
@@ -179,6 +208,15 @@ class Histories(RuleBasedStateMachine):
         if finished_running and self.ahead == 1:
             shared = self.batcher.pool.num_blocks - self.batcher.pool.num_free
             assert self.batcher.pool.num_free > free or shared, "an ended sequence frees its blocks in that iteration"
+
+    @rule(steps=st.integers(1, 6))
+    def run(self, steps):
+        """Steps without an incident between them, as many planned ahead as may be."""
+        for _ in range(steps):
+            for _ in range(self.ahead):
+                self.plan()
+            if self.in_flight:
+                self.apply()
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -204,6 +242,8 @@ class Histories(RuleBasedStateMachine):
         for sequence in self.batcher.running.values():
             assert len(set(sequence.blocks)) == len(sequence.blocks)
             assert sequence.room == len(sequence.blocks) * pool.block_size >= sequence.computed
+            assert 0 <= sequence.drafted <= sequence.unseen, "what may be rejected is still to come"
+            assert sequence.computed < sequence.planned_len <= sequence.end_len
             for index, block in enumerate(sequence.blocks):
                 owners.setdefault(block, []).append((sequence, index))
         assert len(owners) + pool.num_free == pool.num_blocks
@@ -239,8 +279,7 @@ class Histories(RuleBasedStateMachine):
         for _ in range(20 * work + 20):
             if not len(self.batcher):
                 break
-            self.plan()
-            self.apply()
+            self.run(1)
         assert not len(self.batcher), "no history may end in a standstill"
         assert self.ended == set(self.sequences)
 
