@@ -79,7 +79,7 @@ async def test_serve_submit_and_stop(tmp_path):
     expired = [line for line in ended if 'outcome="expired"' in line]
     assert len(expired) == 1
     ended = [line for line in ended if line not in expired]
-    assert len(ended) == 3
+    assert len(ended) == 4
     assert all("outcome=" in line and "ttft_s=" in line and "Paris" not in line for line in ended)
 
 
