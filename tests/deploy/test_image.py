@@ -15,12 +15,12 @@ import pytest
 
 from protocol.client import Client
 from protocol.request import Request
-from tests.faults.service import free_port
+from tests.deploy.conftest import ROOT, mounted
+from tests.security.conftest import free_port
 from tests.workers.models import servable
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(180)
 
-ROOT = Path(__file__).parents[2]
 HOME = "/var/lib/tokenbus"
 PREFIX = "/opt/tokenbus"
 
@@ -77,7 +77,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory, packages: Path) -> Path:
 
 
 def run(command: list[str | Path], **options: object) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, **options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -134,14 +134,21 @@ def test_the_command_tells_its_version_to_a_user_that_is_not_root(environment):
     assert "0.1.0" in run(as_user(["tokenbus", "--version"]), env=environment)
 
 
-async def test_it_serves_as_a_user_that_is_not_root_and_says_that_it_is_healthy(environment, broker, tmp_path):
+async def test_it_serves_as_the_compose_file_has_it_and_not_as_root(environment, services, compose_broker, tmp_path):
+    """By the image's own commands, in the compose file's mounts, at its broker, until a tenant has an answer."""
+    root = mounted(services["tokenbus"], tmp_path / "service")
+    settings = root / "etc/tokenbus/tokenbus.toml"
+    settings.write_text(settings.read_text().replace('"/etc/', f'"{root}/etc/'))
     port = str(free_port())
-    settings = tmp_path / "tokenbus.toml"
-    settings.write_text(
-        f'model = {{alias = "tiny", path = "{servable(tmp_path / "model")}", attention = "reference", threads = 1}}\n'
-        f'engine = {{block_size = 8, num_blocks = 100}}\nbroker.url = "{broker.url}"\nmetrics.port = {port}\n'
-    )
-    command = [word.replace("/etc/tokenbus/tokenbus.toml", str(settings)) for word in json.loads(argument("CMD"))]
+    environment |= {
+        "TOKENBUS_BROKER_URL": f"mqtts://127.0.0.1:{compose_broker.certificate_port}",
+        "TOKENBUS_METRICS_PORT": port,
+        "TOKENBUS_MODEL_ALIAS": "tiny",
+        "TOKENBUS_MODEL_PATH": str(servable(tmp_path / "model")),
+        "TOKENBUS_MODEL_ATTENTION": "reference",
+        "TOKENBUS_ENGINE_NUM_BLOCKS": "100",
+    }
+    command = [word.replace("/etc/", f"{root}/etc/") for word in json.loads(argument("CMD"))]
     check = json.loads(argument("HEALTHCHECK").partition("CMD ")[2])
     check = as_user([word.replace("9464", port) for word in check])
     log = tmp_path / "log"
@@ -150,8 +157,15 @@ async def test_it_serves_as_a_user_that_is_not_root_and_says_that_it_is_healthy(
             *as_user([*json.loads(argument("ENTRYPOINT")), *command]), stderr=output, env=environment
         )
     try:
-        async with Client(broker.url, tenant="alice", accept_timeout_s=60) as client:
-            result = await client.complete(Request(prompt=[5, 6, 7], max_tokens=4, stream=False), model="tiny")
+        async with Client(
+            f"mqtts://127.0.0.1:{compose_broker.password_port}",
+            tenant="alice",
+            username="alice",
+            password=compose_broker.by_password("alice").password,
+            ca_file=compose_broker.ca_file,
+            accept_timeout_s=100,
+        ) as alice:
+            result = await alice.complete(Request(prompt=[5, 6, 7], max_tokens=4, stream=False), model="tiny")
         run(check, env=environment)
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0, log.read_text()
