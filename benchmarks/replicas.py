@@ -33,6 +33,8 @@ _MODEL = "sleeping"
 _TENANTS = 4
 _BATCHES_OUTSTANDING = 4
 _GENERATED = 'tokenbus_tokens_total{kind="generated"}'
+_KNOWN = "tokenbus_replicas"
+_UP_S = 120.0
 
 
 class ReplicaFigures(msgspec.Struct, frozen=True):
@@ -66,14 +68,24 @@ async def _ask(client: Client, load: Load, number: int) -> None:
         await client.complete(request, model=_MODEL)
 
 
-def _generated(port: int) -> float:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(_GENERATED))
+def _read(port: int, name: str) -> float:
+    """A metric of a replica; 0 while there is none."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+    except OSError:
+        return 0.0
+    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
-async def _counted(ports: Sequence[int]) -> list[float]:
-    return [await asyncio.to_thread(_generated, port) for port in ports]
+async def _all(ports: Sequence[int], name: str) -> list[float]:
+    return [await asyncio.to_thread(_read, port, name) for port in ports]
+
+
+async def _until_acquainted(ports: Sequence[int]) -> None:
+    async with asyncio.timeout(_UP_S):
+        while min(await _all(ports, _KNOWN)) < len(ports):  # noqa: ASYNC110 - other processes' affair
+            await asyncio.sleep(0.1)
 
 
 def _free_port() -> int:
@@ -101,6 +113,7 @@ async def _rates(load: Load, database: str, count: int) -> list[float]:
                 "metrics.port": port,
             }
             await stack.enter_async_context(serving(own, broker.url, settings, module="benchmarks.replicas"))
+        await _until_acquainted(ports)
         clients = [await stack.enter_async_context(Client(broker.url, tenant=f"t{n}")) for n in range(_TENANTS)]
         async with asyncio.TaskGroup() as group:
             askers = [
@@ -108,9 +121,9 @@ async def _rates(load: Load, database: str, count: int) -> list[float]:
                 for number in range(_BATCHES_OUTSTANDING * load.max_running)
             ]
             await asyncio.sleep(load.warm_s)
-            before = await _counted(ports)
+            before = await _all(ports, _GENERATED)
             await asyncio.sleep(load.seconds)
-            after = await _counted(ports)
+            after = await _all(ports, _GENERATED)
             for asker in askers:
                 asker.cancel()
     return [(late - early) / load.seconds for early, late in zip(before, after, strict=True)]
