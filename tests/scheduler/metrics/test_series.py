@@ -16,7 +16,8 @@ def report(**given) -> StepReport:
     values = dict.fromkeys(StepReport.__slots__, 0) | {
         "rows": (),
         "work": Work(0, 0, 0, 0),
-        "starts": [],
+        "starts": {},
+        "accepted": [],
         "events": [],
         "given_up": [],
         "charges": {},
