@@ -48,6 +48,7 @@ class Bench:
             preemptions=counters.preemptions,
             recomputed_tokens=counters.recomputed_tokens,
             late_tokens=counters.late_tokens,
+            rejected_tokens=counters.rejected_tokens,
             cached_tokens=counters.cached_tokens,
             worker_restarts=0,
             events=events,
