@@ -15,16 +15,15 @@ A step is made in this order:
 A newcomer that finds no room for its prompt lets others pass, each by no more service than that prompt is worth.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from scheduler.core.batch import Batch
 from scheduler.core.fairness import FairQueue, Price
 from scheduler.core.policies.base import Policy
+from scheduler.core.policies.grants import MOST_PARTS, Grants
+from scheduler.core.policies.room import Room
 from scheduler.core.sequence import Sequence
 
-#: Among more tenants than this the budget isn't split further: parts would get small and all prompts late.
-_MOST_PARTS = 4
 #: Tenants that are looked at when the next one finds no room.
 _MAY_PASS = 8
 
@@ -34,77 +33,15 @@ class Fair(Policy):
 
     def __init__(self, weights: Mapping[str, float] | None = None, price: Price = Price()) -> None:
         self.queue = FairQueue(weights, price)
+        self._room = Room(self.queue)
 
     def fill(self, batch: Batch) -> None:
-        invited = self._make_room(batch)
+        invited = self._room.make(batch)
         batch.decode()
-        grants = _Grants(batch.draft.budget, self._part(batch))
+        grants = Grants(batch.draft.budget, self._part(batch))
         self._grant(batch, grants, invited)
         for sequence, length in grants:
             batch.prefill(sequence, length)
-
-    # 1. Room
-
-    def _make_room(self, batch: Batch) -> list[Sequence]:
-        """Returns those for whom others gave way: the room is theirs."""
-        invited = self._undo_inversions(batch) if self.queue.prioritised else []
-        head = self.queue.head()
-        if head is not None and not batch.fits(head):
-            counter = self.queue.counter(head.tenant)
-            if _preempt_for(batch, head, self._too_far_ahead(batch, counter) or self._crowd(batch, head)):
-                invited.append(head)
-        while batch.shortage() > 0:
-            batch.preempt(max(batch.running.values(), key=self._dispensability))
-        return invited
-
-    def _undo_inversions(self, batch: Batch) -> list[Sequence]:
-        own: dict[str, list[Sequence]] = {}
-        for sequence in batch.running.values():
-            if sequence.tenant in self.queue.prioritised:
-                own.setdefault(sequence.tenant, []).append(sequence)
-        invited = []
-        for tenant, running in own.items():
-            head = self.queue.head_of(tenant)
-            if head is not None and not batch.fits(head):
-                lower = [sequence for sequence in running if sequence.priority < head.priority]
-                if _preempt_for(batch, head, sorted(lower, key=self._dispensability, reverse=True)):
-                    invited.append(head)
-        return invited
-
-    def _crowd(self, batch: Batch, waiting: Sequence) -> list[Sequence]:
-        """For one whose tenant came back: what the tenant with the most running for its weight has over that one's number."""
-        if not waiting.returned or not batch.running:
-            return []
-        crowds: dict[str, list[Sequence]] = {}
-        for sequence in batch.running.values():
-            crowds.setdefault(sequence.tenant, []).append(sequence)
-        own, weight = len(crowds.get(waiting.tenant, ())), self.queue.weight
-        name = max(crowds, key=lambda name: (len(crowds[name]) / weight(name), name))
-        level = round((own + 1) / weight(waiting.tenant) * weight(name))
-        return sorted(crowds[name], key=self._dispensability, reverse=True)[: -max(level, 1)]
-
-    def _too_far_ahead(self, batch: Batch, counter: float) -> list[Sequence]:
-        """Those of tenants whose counters are ahead of ``counter`` by more than one tenant can get before another's turn."""
-        pool, price = batch.pool, self.queue.price
-        most = max(price.input * batch.limits.max_model_len, price.output * pool.num_blocks * pool.block_size)
-        if self.queue.highest - counter <= most / self.queue.heaviest:
-            return []
-        far = {
-            tenant
-            for tenant in {sequence.tenant for sequence in batch.running.values()}
-            if self.queue.counter(tenant) - counter > most / self.queue.weight(tenant)
-        }
-        return sorted(
-            (sequence for sequence in batch.running.values() if sequence.tenant in far),
-            key=self._dispensability,
-            reverse=True,
-        )
-
-    def _dispensability(self, sequence: Sequence) -> tuple[float, int, int]:
-        """Who is preempted first has the most of it. Priority counts within a tenant only."""
-        return self.queue.counter(sequence.tenant), -sequence.priority, sequence.number
-
-    # 3. Prompts
 
     def _part(self, batch: Batch) -> int:
         """Tokens of this step that one tenant's prompts get before the others had theirs."""
@@ -112,9 +49,9 @@ class Fair(Policy):
         head = self.queue.head()
         if head is not None:
             tenants.add(head.tenant)
-        return -(-batch.draft.budget // max(min(len(tenants), _MOST_PARTS), 1))
+        return -(-batch.draft.budget // max(min(len(tenants), MOST_PARTS), 1))
 
-    def _grant(self, batch: Batch, grants: "_Grants", invited: list[Sequence]) -> None:
+    def _grant(self, batch: Batch, grants: Grants, invited: list[Sequence]) -> None:
         oldest_first = [sequence for sequence in batch.prefilling.values() if not self._is_outranked(batch, sequence)]
         shortest_first = sorted(oldest_first, key=lambda sequence: sequence.uncomputed)
         self._admit_first(batch, grants, invited)
@@ -138,7 +75,7 @@ class Fair(Policy):
             rivals.append(head)
         return any(rival.priority > sequence.priority for rival in rivals)
 
-    def _admit_first(self, batch: Batch, grants: "_Grants", invited: list[Sequence]) -> None:
+    def _admit_first(self, batch: Batch, grants: Grants, invited: list[Sequence]) -> None:
         """For whom others gave way, and whose tenants ask for less than their share, while a part is left for the oldest."""
         for sequence in invited:
             if grants.beyond_least and batch.fits(sequence):
@@ -148,7 +85,7 @@ class Fair(Policy):
             batch.admit(head)
             grants.first(head)
 
-    def _admit(self, batch: Batch, grants: "_Grants") -> None:
+    def _admit(self, batch: Batch, grants: Grants) -> None:
         while grants.left and (head := self.queue.head()) is not None:
             if not batch.fits(head):
                 self._let_pass(batch, grants, head)
@@ -156,7 +93,7 @@ class Fair(Policy):
             batch.admit(head)
             grants.newcomer(head)
 
-    def _let_pass(self, batch: Batch, grants: "_Grants", blocked: Sequence) -> None:
+    def _let_pass(self, batch: Batch, grants: Grants, blocked: Sequence) -> None:
         if not batch.num_free_slots:
             return
         most = self.queue.counter(blocked.tenant) + self.queue.price.input * blocked.prompt_len
@@ -164,58 +101,3 @@ class Fair(Policy):
             if grants.left and batch.fits(sequence) and self.queue.counter(sequence.tenant) < most:
                 batch.admit(sequence)
                 grants.newcomer(sequence)
-
-
-def _preempt_for(batch: Batch, waiting: Sequence, candidates: list[Sequence]) -> bool:
-    """Preempt as few as needed for ``waiting`` to fit, none if even all of them wouldn't do; says whether it fits now."""
-    freed = 0
-    for count, candidate in enumerate(candidates, start=1):
-        freed += batch.pool.num_freed_by(candidate)
-        if batch.fits(waiting, freed=freed, slots=count):
-            for victim in candidates[:count]:
-                batch.preempt(victim)
-            return True
-    return False
-
-
-class _Grants:
-    """How many tokens of its prompt each sequence computes in this step; ``size`` is a tenant's part of the budget,
-    ``beyond_least`` what is left but for the least part there is."""
-
-    def __init__(self, budget: int, size: int) -> None:
-        self.left = budget
-        self.size = size
-        self._least = budget // _MOST_PARTS
-        self._lengths: dict[Sequence, int] = {}
-        self._of_tenant: Counter[str] = Counter()
-
-    def __iter__(self) -> Iterator[tuple[Sequence, int]]:
-        return iter(self._lengths.items())
-
-    @property
-    def beyond_least(self) -> int:
-        return self.left - self._least
-
-    def first(self, sequence: Sequence) -> None:
-        """Give it all that it needs, but leave one least part."""
-        self._give(sequence, self.beyond_least)
-
-    def part(self, sequence: Sequence) -> None:
-        """Give it what is left of its tenant's part."""
-        self._give(sequence, self.size - self._of_tenant[sequence.tenant])
-
-    def newcomer(self, sequence: Sequence) -> None:
-        """Give it a part of its own: it was its tenant's turn."""
-        self._give(sequence, self.size)
-
-    def rest(self, sequence: Sequence) -> None:
-        """Give it whatever is left."""
-        self._give(sequence, self.left)
-
-    def _give(self, sequence: Sequence, most: int) -> None:
-        given = self._lengths.get(sequence, 0)
-        length = min(sequence.uncomputed - given, most, self.left)
-        if length > 0:
-            self._lengths[sequence] = given + length
-            self._of_tenant[sequence.tenant] += length
-            self.left -= length
