@@ -143,7 +143,7 @@ class Client:
 class Stream:
     """One generation: iterate over its chunks; ``result`` is there when they end.
 
-    The chunks' texts together are exactly the result's text: should some be lost on the way, the last one carries the
+    The chunks' texts and tool calls together are exactly the result's: should some be lost on the way, the last one carries the
     rest. Leaving the iteration early cancels the request. Iterating raises RequestError (the service refused or
     failed), RequestCancelled, RequestExpired, TransportError (the broker refused it), or TimeoutError when nobody accepted it.
     """
@@ -180,7 +180,7 @@ class Stream:
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         text = ""
-        expected = 0
+        expected = calls = 0
         self._exchange.join(self)
         sender = self._exchange.spawn(self._send(), name=f"send {self.request_id}")
         try:
@@ -189,6 +189,7 @@ class Stream:
                 if reply.seq == expected:
                     expected += 1
                     text += reply.text
+                    calls += len(reply.calls)
                     yield reply
         finally:
             sender.cancel()
@@ -198,7 +199,7 @@ class Stream:
         if text + rest != reply.text:
             raise ServiceError("internal", "the result doesn't begin with the text that was streamed")
         if rest or expected < reply.chunks:
-            yield _last_chunk(reply, expected, rest)
+            yield _last_chunk(reply, expected, rest, calls)
 
     def deliver(self, reply: Reply | Exception) -> None:
         self._ended = self._ended or isinstance(reply, TERMINAL)
@@ -356,8 +357,8 @@ class _Exchange:
             stream.deliver(TransportError("the client was closed before the request had ended"))
 
 
-def _last_chunk(result: Result, seq: int, text: str) -> Chunk:
-    """What was lost on the way, as one more chunk."""
+def _last_chunk(result: Result, seq: int, text: str, calls: int) -> Chunk:
+    """What was lost on the way, as one more chunk; so many calls weren't."""
     whole = result.data
     data = piece(
         chat=isinstance(whole, ChatCompletion),
@@ -367,6 +368,8 @@ def _last_chunk(result: Result, seq: int, text: str) -> Chunk:
         text=text,
         reason=result.finish_reason,
         first=seq == 0,
+        calls=result.calls[calls:],
+        calls_before=calls,
     )
     return Chunk(result.request_id, seq, data)
 

@@ -3,11 +3,14 @@
 Source: OpenAI API reference, "The chat completion object", "The chat completion chunk object", "The completion object".
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length"]
+from protocol.chat import FunctionCall, ToolCall
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -26,8 +29,11 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    content: str
+    """``content`` is null where the model did nothing but call tools."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -38,7 +44,11 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        return self.message.content
+        return self.message.content or ""
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return self.message.tool_calls or []
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, tag_field="object", tag="chat.completion"):
@@ -51,9 +61,19 @@ class ChatCompletion(msgspec.Struct, frozen=True, tag_field="object", tag="chat.
     usage: Usage
 
 
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """A tool call, which is streamed once it is whole; ``index`` counts the calls of its message."""
+
+    index: int
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
-    content: str
+    content: str | None
     role: Literal["assistant"] | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -64,7 +84,11 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        return self.delta.content
+        return self.delta.content or ""
+
+    @property
+    def calls(self) -> list[ToolCallDelta]:
+        return self.delta.tool_calls or []
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True, tag_field="object", tag="chat.completion.chunk"):
@@ -82,6 +106,10 @@ class TextChoice(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     logprobs: None = None
 
+    @property
+    def calls(self) -> tuple[()]:
+        return ()
+
 
 class TextCompletion(msgspec.Struct, frozen=True, tag_field="object", tag="text_completion"):
     """A whole completion, or (without ``usage``) one piece of it: the OpenAI API uses one object for both."""
@@ -94,21 +122,40 @@ class TextCompletion(msgspec.Struct, frozen=True, tag_field="object", tag="text_
 
 
 def answer(
-    *, chat: bool, request_id: str, created: int, model: str, text: str, reason: FinishReason, usage: Usage
+    *,
+    chat: bool,
+    request_id: str,
+    created: int,
+    model: str,
+    text: str,
+    reason: FinishReason,
+    usage: Usage,
+    calls: Sequence[ToolCall] = (),
 ) -> ChatCompletion | TextCompletion:
     """The whole answer, as the kind of object that was asked for."""
     if chat:
-        choice = ChatChoice(AssistantMessage(text), reason)
-        return ChatCompletion(f"chatcmpl-{request_id}", created, model, [choice], usage)
+        message = AssistantMessage(text or None, tool_calls=list(calls)) if calls else AssistantMessage(text)
+        choices = [ChatChoice(message, reason)]
+        return ChatCompletion(f"chatcmpl-{request_id}", created, model, choices, usage)
     return TextCompletion(f"cmpl-{request_id}", created, model, [TextChoice(text, 0, reason)], usage)
 
 
 def piece(
-    *, chat: bool, request_id: str, created: int, model: str, text: str, reason: FinishReason | None, first: bool
+    *,
+    chat: bool,
+    request_id: str,
+    created: int,
+    model: str,
+    text: str,
+    reason: FinishReason | None,
+    first: bool,
+    calls: Sequence[ToolCall] = (),
+    calls_before: int = 0,
 ) -> ChatCompletionChunk | TextCompletion:
     """One piece of an answer; the first of a chat names the role, the last carries the finish reason."""
     if chat:
-        delta = Delta(text, "assistant" if first else None)
+        numbered = [ToolCallDelta(calls_before + n, call.id, call.function) for n, call in enumerate(calls)]
+        delta = Delta(text, "assistant" if first else None, numbered or None)
         choices = [ChatChunkChoice(delta, 0, reason)]
         return ChatCompletionChunk(f"chatcmpl-{request_id}", created, model, choices)
     return TextCompletion(f"cmpl-{request_id}", created, model, [TextChoice(text, 0, reason)])

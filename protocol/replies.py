@@ -3,12 +3,14 @@
 Every body is JSON with a ``type``; chunks and results carry the OpenAI object in ``data``.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
+from protocol.chat import ToolCall
 from protocol.errors import ErrorBody
-from protocol.openai import ChatCompletion, ChatCompletionChunk, FinishReason, TextCompletion, Usage
+from protocol.openai import ChatCompletion, ChatCompletionChunk, FinishReason, TextCompletion, ToolCallDelta, Usage
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -36,6 +38,11 @@ class Chunk(msgspec.Struct, frozen=True, tag="chunk"):
     def text(self) -> str:
         return self.data.choices[0].text
 
+    @property
+    def calls(self) -> Sequence[ToolCallDelta]:
+        """The tool calls that it carries."""
+        return self.data.choices[0].calls
+
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
     """Terminal: the whole text, usage and timings. ``chunks`` is how many chunks were published before it.
@@ -53,6 +60,11 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
     @property
     def text(self) -> str:
         return self.data.choices[0].text
+
+    @property
+    def calls(self) -> Sequence[ToolCall]:
+        """The tools that the model calls."""
+        return self.data.choices[0].calls
 
     @property
     def usage(self) -> Usage:

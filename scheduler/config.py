@@ -13,6 +13,7 @@ from protocol.plan import AttentionName, DtypeName, WeightsName, WorkerConfig
 from protocol.transport import BrokerAddress
 from scheduler.core.policies import PolicyName
 from scheduler.quotas import Quota
+from scheduler.tools import FormatName
 
 ENV_PREFIX = "TOKENBUS_"
 EMBEDDED = "embedded"
@@ -37,6 +38,7 @@ class ModelConfig(Section, frozen=True):
     """What is served. ``alias`` is its name in topics; ``path`` a directory of safetensors, or the demo model's name.
 
     ``weights``: how linear layers hold theirs on the CPU, beside activations in float32; ``plain``: as torch does.
+    ``tool_parser``: the format of tool calls; absent: the one that the chat template shows.
     """
 
     alias: str = "smollm2"
@@ -47,6 +49,7 @@ class ModelConfig(Section, frozen=True):
     attention: AttentionName = "auto"
     threads: Count | None = None
     max_model_len: Count | None = None
+    tool_parser: FormatName | None = None
 
 
 class EngineConfig(Section, frozen=True):

@@ -13,6 +13,7 @@ from protocol import replies, topics
 from protocol.errors import BadRequest, ServiceError
 from protocol.transport import BrokerAddress, Transport, Will
 from scheduler.admission import Admission, Bounds
+from scheduler.chat import Chat, preload
 from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
 from scheduler.core import policies
 from scheduler.http import HttpServer, tls_context
@@ -28,7 +29,7 @@ from scheduler.mqtt.ingress import SUBSCRIPTIONS, Ingress, Reader
 from scheduler.mqtt.watch import BrokerWatch
 from scheduler.outlook import Outlook
 from scheduler.recovery import Recovery
-from scheduler.text import Text, preload
+from scheduler.tools import FormatName
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +171,8 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     )
     await stack.enter_async_context(http)
     await asyncio.gather(stack.enter_async_context(engine), asyncio.to_thread(preload))
-    text = await _text(engine.info.model_path)
-    _share_prefixes(config.engine.shared_prefixes, text, engine)
+    chat = await _chat(engine.info.model_path, config.model.tool_parser)
+    _share_prefixes(config.engine.shared_prefixes, chat, engine)
     journal = await stack.enter_async_context(_journal(config, data_dir))
     transport = await stack.enter_async_context(_transport(config, data_dir, broker_url))
     # Replies outlive the loops: should one of those fail for good, what has ended still reaches its tenant.
@@ -179,8 +180,8 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     admission = Admission(_bounds(config), engine.now)
     delivery = Delivery(transport, journal, tasks)
     outlook = Outlook(config.engine.max_running, engine.batcher.queue.weight)
-    egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, config.service.flush_ms / 1000)
-    reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
+    egress = Egress(delivery, journal, engine, chat, admission, outlook, metrics, config.service.flush_ms / 1000)
+    reader = Reader(chat, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
     watch = BrokerWatch(metrics.broker_dropped)
     ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch)
     service = Service(
@@ -277,17 +278,17 @@ async def _broker(config: Config, data_dir: Path, stack: contextlib.AsyncExitSta
     return broker.url
 
 
-async def _text(path: str) -> Text:
+async def _chat(path: str, tool_parser: FormatName | None) -> Chat:
     try:
-        return await asyncio.to_thread(Text, path)
+        return await asyncio.to_thread(Chat, path, tool_parser)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: no tokenizer that we can use: {error}") from None
 
 
-def _share_prefixes(systems: list[str], text: Text, engine: Engine) -> None:
+def _share_prefixes(systems: list[str], chat: Chat, engine: Engine) -> None:
     try:
         for system in systems:
-            engine.batcher.pool.share(text.system_tokens(system))
+            engine.batcher.pool.share(chat.system_tokens(system))
     except BadRequest as error:
         raise ConfigError(f"engine.shared_prefixes: {error}") from None
 

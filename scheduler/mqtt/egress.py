@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 from protocol.errors import ErrorBody, RequestError, ServiceError
 from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Terminal
 from scheduler.admission import Admission
+from scheduler.chat import Chat
 from scheduler.core.sequence import FinishReason
 from scheduler.deadlines import Deadlines
 from scheduler.generation import Generation, sequence_for
@@ -16,7 +17,6 @@ from scheduler.loop import Engine, Failure, StepReport
 from scheduler.metrics import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.outlook import Outlook
-from scheduler.text import Text
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Egress:
         delivery: Delivery,
         journal: Journal,
         engine: Engine,
-        text: Text,
+        chat: Chat,
         admission: Admission,
         outlook: Outlook,
         metrics: Metrics,
@@ -41,7 +41,7 @@ class Egress:
         self._delivery = delivery
         self._journal = journal
         self._engine = engine
-        self._text = text
+        self._chat = chat
         self._admission = admission
         self._outlook = outlook
         self._metrics = metrics
@@ -67,7 +67,7 @@ class Egress:
             return
         try:
             sequence = sequence_for(entry, self._engine.info)
-            generation = Generation.of(entry, self._text, self._engine.now() - max(time.time() - entry.accepted_at, 0))
+            generation = Generation.of(entry, self._chat, self._engine.now() - max(time.time() - entry.accepted_at, 0))
             self._engine.submit(sequence)
         except RequestError as error:
             self._admission.release(entry)
