@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from protocol import replies
+from protocol.chat import Function, Message, Tool
 from protocol.plan import WorkerInfo
-from protocol.request import Message, Request
+from protocol.request import Request
 from scheduler.generation import Generation, sequence_for
 from scheduler.journal.entry import Entry, Listener
+from scheduler.tools import FORMATS, ToolParser
 from tests.scheduler.test_text import byte_tokenizer
 from workers.weights import demo_model
 
@@ -32,11 +34,16 @@ INFO = WorkerInfo(
 )
 NOWHEN = replies.Timings(0.0, 0.0, 0.0)
 TEXT = "ab 🚌é\n"
+CALL = '<tool_call>{"name": "wave", "arguments": {"to": "é"}}</tool_call>'
 
 
 @cache
 def tokenizer(name: str) -> Tokenizer:
     return byte_tokenizer() if name == "bytes" else Tokenizer.from_file(str(demo_model() / "tokenizer.json"))
+
+
+def tool_parser(request: Request, id: str) -> ToolParser | None:
+    return ToolParser(FORMATS["hermes"], ["wave"], id) if request.tools else None
 
 
 class Process:
@@ -48,7 +55,7 @@ class Process:
         self.journal = journal
         self.chunks: list[bytes] = []
         self.final: bytes | None = None
-        self.generation = Generation.of(entry, SimpleNamespace(backend=backend), 0.0)
+        self.generation = Generation.of(entry, SimpleNamespace(backend=backend, tool_parser=tool_parser), 0.0)
         self.rebuilt = self.state()
         self.at_last_cut = self.rebuilt
 
@@ -82,7 +89,9 @@ def stories(draw, backend: Tokenizer) -> dict:
     tokens = draw(
         st.lists(
             st.one_of(
-                st.text(TEXT, min_size=1, max_size=8).map(lambda text: backend.encode(text).ids),
+                st.one_of(st.text(TEXT, min_size=1, max_size=8), st.sampled_from([CALL, CALL[:-3]])).map(
+                    lambda text: backend.encode(text).ids
+                ),
                 st.lists(ids, min_size=1, max_size=3),
             ),
             min_size=1,
@@ -95,6 +104,7 @@ def stories(draw, backend: Tokenizer) -> dict:
     request = Request(
         messages=[Message("user", "Hello")] if chat else None,
         prompt=None if chat else prompt,
+        tools=[Tool(Function("wave"))] if chat and draw(st.booleans()) else None,
         stop=stop,
         stream=draw(st.booleans()),
     )
@@ -140,6 +150,27 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, data):
     assert journal == never.journal
     assert process.state() == never.state()
     assert process.final == never.final
+
+
+def test_a_generation_that_calls_tools_says_so():
+    request = Request(messages=[Message("user", "Hi")], tools=[Tool(Function("wave"))], stream=True)
+    entry = Entry(
+        id="alice/a", model="tiny", request=request, prompt=[1], seed=1, accepted_at=1e9, listeners=[]
+    )  # fmt: skip
+    tokens = byte_tokenizer().encode(f"One moment. {CALL}").ids
+    process = Process(entry, byte_tokenizer(), [])
+    process.run([*tokens, 0], [True] * (len(tokens) + 1), "stop", until=len(tokens) + 1)
+    result = process.generation.result("stop", 0.0)
+    chunks = [
+        *(process.generation.chunk(n) for n in range(len(process.journal))),
+        process.generation.last_chunk("stop"),
+    ]
+    assert (result.text, result.finish_reason) == ("One moment.", "tool_calls")
+    assert [(call.function.name, call.function.arguments) for call in result.calls] == [("wave", '{"to": "\\u00e9"}')]
+    assert "".join(chunk.text for chunk in chunks) == result.text
+    streamed = [(call.index, call.id) for chunk in chunks for call in chunk.calls]
+    assert streamed == [(0, result.calls[0].id)]
+    assert all(chunk.text or chunk.calls for chunk in chunks[:-1]), "a piece that says nothing isn't published"
 
 
 @given(data=st.data())
