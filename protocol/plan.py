@@ -41,22 +41,32 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     weights: WeightsName = "auto"
 
 
+#: Comes instead of a token that can't be sampled: the grammar of its sequence can't be followed any further.
+NO_TOKEN = -1
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How one sequence's tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+    """How one sequence's tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
+
+    ``grammar``: what the output must follow, in llguidance's notation.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    grammar: str | None = None
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
-    """A slot is given to a sequence with these tokens: whatever it held before is forgotten."""
+    """A slot is given to a sequence with these tokens, the first ``prompt_len`` of them its prompt: whatever it held before is
+    forgotten."""
 
     slot: int
     tokens: list[int]
     sampling: Sampling
+    prompt_len: int
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -9,7 +9,7 @@ from protocol.chat import check_json
 from protocol.errors import BadRequest
 
 #: Of a schema in bytes, of the others in characters: what compiling one may take grows with it.
-MAX_LENGTH = 64 * 1024
+MAX_LENGTH = 32 * 1024
 
 
 class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text"):

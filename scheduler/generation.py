@@ -8,11 +8,12 @@ from typing import Self
 from protocol import openai, replies
 from protocol.errors import BadRequest
 from protocol.openai import FinishReason, PromptTokensDetails, Usage
-from protocol.plan import Sampling, WorkerInfo
+from protocol.plan import NO_TOKEN, Sampling, WorkerInfo
 from protocol.request import Request
 from scheduler.chat import Chat
 from scheduler.core.sequence import Sequence
 from scheduler.journal.entry import Entry
+from scheduler.structure import grammar_for, structure_field
 from scheduler.text import Detokenizer, StopStrings
 from scheduler.tools import Said, ToolParser
 
@@ -43,13 +44,16 @@ def sequence_for(entry: Entry, info: WorkerInfo) -> Sequence:
     """What the batcher is to run for a request, from where it is. Raises BadRequest as ``check_fits``."""
     request = entry.request
     check_fits(request, entry.prompt, info)
+    grammar = grammar_for(request)
+    if grammar is not None and not info.eos_ids:
+        raise BadRequest(structure_field(request), "this model has no token that ends a text")
     stop_ids = frozenset(request.stop_token_ids or ()) | frozenset(() if request.ignore_eos else info.eos_ids)
     return Sequence(
         entry.id,
         entry.prompt,
         max_tokens=request.output_limit or info.max_model_len - len(entry.prompt),
-        stop_ids=stop_ids,
-        sampling=_sampling(request, entry.seed),
+        stop_ids=stop_ids | {NO_TOKEN},
+        sampling=_sampling(request, entry.seed, grammar),
         output=[token for record in entry.records for token in record],
         tenant=entry.tenant,
         priority=request.priority,
@@ -62,7 +66,7 @@ def seed_for(request: Request) -> int:
     return secrets.randbits(63) if request.seed is None else request.seed
 
 
-def _sampling(request: Request, seed: int) -> Sampling:
+def _sampling(request: Request, seed: int, grammar: str | None) -> Sampling:
     """Defaults as in the OpenAI API: temperature 1, everything kept."""
     return Sampling(
         temperature=1.0 if request.temperature is None else request.temperature,
@@ -70,6 +74,7 @@ def _sampling(request: Request, seed: int) -> Sampling:
         top_p=1.0 if request.top_p is None else request.top_p,
         min_p=request.min_p or 0.0,
         seed=seed,
+        grammar=grammar,
     )
 
 

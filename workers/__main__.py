@@ -13,6 +13,7 @@ import torch
 from protocol import plan
 from workers import selftest
 from workers.attention import AttentionBackend, choose
+from workers.grammar import Grammars
 from workers.model import Model, ModelRefused, load
 from workers.packing import pack
 from workers.runner import Runner
@@ -86,7 +87,10 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
     selftest.check(model, kind, config.block_size, expected)
     backend = kind(model.layers, _num_blocks(config, model), config.block_size, model.dtype, device)
     max_model_len = min(model.max_model_len, backend.num_blocks * config.block_size)
-    runner = Runner(model.module, backend, max_running=config.max_running, max_model_len=max_model_len)
+    grammars = Grammars(model.path, model.vocab_size, model.eos_ids)
+    runner = Runner(
+        model.module, backend, grammars=grammars, max_running=config.max_running, max_model_len=max_model_len
+    )
     return runner, plan.WorkerInfo(
         model_path=str(model.path),
         max_model_len=max_model_len,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from protocol.plan import StepPlan, StepResult
 from workers.attention import AttentionBackend, Attributes
 from workers.bridge import attending
+from workers.grammar import Grammars, Mask
 from workers.sampler import Sampler
 from workers.slots import Inputs, Slots
 
@@ -45,6 +46,7 @@ class Runner:
         module: PreTrainedModel,
         backend: AttentionBackend,
         *,
+        grammars: Grammars,
         max_running: int,
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
@@ -54,6 +56,7 @@ class Runner:
         self._backend = backend
         self._slots = Slots(max_running, blocks, backend.block_size, backend.device)
         self._sampler = Sampler(max_running, backend.device)
+        self._grammars = grammars
         self._clock = clock
 
     @torch.inference_mode()
@@ -63,21 +66,25 @@ class Runner:
         for admission in plan.admissions:
             self._slots.admit(admission)
             self._sampler.assign(admission.slot, admission.sampling)
+            self._grammars.assign(admission)
         self._slots.extend(plan.rows)
         inputs = self._slots.inputs(plan)
         sampled = [*range(len(plan.decodes)), *_sampled(plan)]
+        slots = plan.decodes + [row.slot for row in plan.rows if row.sample]
+        mask = self._grammars.mask(slots)
         last = inputs.batch.query_start[1:][sampled].long() - 1
         logits = forward(self._module, self._backend, inputs, keep=last)
-        tokens = self._sample(plan, inputs.positions[last] + 1, logits) if sampled else []
+        tokens = self._sample(slots, inputs.positions[last] + 1, logits, mask) if sampled else []
         return StepResult(plan.step, tokens, self._clock() - begun)
 
-    def _sample(self, plan: StepPlan, positions: Tensor, logits: Tensor) -> list[int]:
+    def _sample(self, slots: list[int], positions: Tensor, logits: Tensor, mask: Mask | None) -> list[int]:
         """``positions``: int64, where the tokens will stand."""
-        slots = plan.decodes + [row.slot for row in plan.rows if row.sample]
+        if mask is not None:
+            mask.apply(logits)
         tokens = self._sampler.sample(logits, slots, positions)
         self._slots.tokens[slots, positions] = tokens.int()
         result: list[int] = tokens.tolist()
-        return result
+        return result if mask is None else self._grammars.advance(mask, result)
 
 
 def _sampled(plan: StepPlan) -> list[int]:

@@ -57,7 +57,7 @@ def _ragged(
     backend = backend_class(model.layers, total, block_size, model.dtype, model.device)
     slots = Slots(len(prompts), per_sequence, block_size, model.device)
     for slot, prompt in enumerate(prompts):
-        slots.admit(Admission(slot, prompt.tolist(), Sampling()))
+        slots.admit(Admission(slot, prompt.tolist(), Sampling(), len(prompt)))
         # Blocks descending and interleaved between sequences: no two neighbours belong together.
         blocks = [total - 1 - slot - len(prompts) * index for index in range(per_sequence)]
         slots.extend([Row(slot, 0, 0, blocks, sample=False)])

@@ -215,7 +215,8 @@ class Batch:
         draft = self.draft
         if not sequence.told:
             sequence.told = True
-            draft.admissions.append(Admission(sequence.slot, sequence.tokens.copy(), sequence.sampling))
+            tokens = sequence.tokens.copy()
+            draft.admissions.append(Admission(sequence.slot, tokens, sequence.sampling, sequence.prompt_len))
         start = sequence.computed
         sequence.computed += length
         samples = sequence.computed == len(sequence.tokens) + sequence.unseen

@@ -5,7 +5,8 @@ import logging
 import time
 from collections.abc import Awaitable
 
-from protocol.errors import ErrorBody, RequestError, ServiceError
+from protocol.errors import BadRequest, ErrorBody, RequestError, ServiceError
+from protocol.plan import NO_TOKEN
 from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Terminal
 from scheduler.admission import Admission
 from scheduler.chat import Chat
@@ -17,6 +18,7 @@ from scheduler.loop import Engine, Failure, StepReport
 from scheduler.metrics import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.outlook import Outlook
+from scheduler.structure import structure_field
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +178,12 @@ class Egress:
                 generation.cached_tokens = cached
         for event in report.events:
             generation = self._generations.get(event.id)
-            if generation is not None:
+            if generation is not None and event.token == NO_TOKEN:
+                field = structure_field(generation.entry.request)
+                self._fail(
+                    generation, BadRequest(field, "can't be followed any further: it is too complex for this model")
+                )
+            elif generation is not None:
                 self._take_token(generation, event.token, event.finish, report.at)
         for failure in report.given_up:
             generation = self._generations.get(failure.id)
@@ -209,7 +216,7 @@ class Egress:
         self._delivery.quarantine(entry, reason, failure.failures)
         self._fail(generation, ServiceError("quarantined", reason))
 
-    def _fail(self, generation: Generation, error: ServiceError) -> None:
+    def _fail(self, generation: Generation, error: RequestError) -> None:
         entry = generation.entry
         self._end(generation, Failed(entry.request_id, error.body, entry.attempt), "error")
 

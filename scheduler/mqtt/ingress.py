@@ -21,6 +21,7 @@ from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
 from scheduler.mqtt.watch import BrokerWatch
 from scheduler.outlook import Outlook
+from scheduler.structure import check_grammar
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class Reader:
         if address.model != self._model:
             raise BadRequest("model", f"{address.model} is not served here, {self._model} is", "model_not_found")
         request = self._decode(incoming.payload, address.model)
+        check_grammar(request)
         prompt = self._chat.prompt_tokens(request)
         check_fits(request, prompt, self._info)
         accepted_at = time.time()

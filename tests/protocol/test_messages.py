@@ -220,7 +220,7 @@ def test_replies_round_trip():
 
 def test_frames_round_trip():
     step = plan.StepPlan(
-        3, [plan.Admission(0, [5, 6], plan.Sampling(0.5, seed=9))], [1], [plan.Row(0, 0, 2, [1], sample=True)]
+        3, [plan.Admission(0, [5, 6], plan.Sampling(0.5, seed=9), 2)], [1], [plan.Row(0, 0, 2, [1], sample=True)]
     )
     frame = plan.frame(step)
     body = frame[plan.HEADER_BYTES :]

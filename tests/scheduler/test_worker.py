@@ -18,7 +18,7 @@ NO_SUCH_SLOT = [Row(99, 0, 3, [0], True)]
 
 
 def step(number: int, rows: list[Row]) -> StepPlan:
-    return StepPlan(number, [Admission(0, [5, 6, 7], Sampling())], [], rows)
+    return StepPlan(number, [Admission(0, [5, 6, 7], Sampling(), 3)], [], rows)
 
 
 class Pipe:

@@ -14,6 +14,7 @@ from scheduler.core.blocks import BlockPool
 from scheduler.core.policies import PolicyName
 from scheduler.core.sequence import Sequence
 from workers.attention import choose
+from workers.grammar import Grammars
 from workers.model import adopt
 from workers.packing import pack
 from workers.runner import Runner
@@ -33,6 +34,7 @@ class LocalEngine:
         longest: int = 128,
         policy: PolicyName = "fair",
         prefix_cache: bool = False,
+        tokenizer: Path = Path(),
     ) -> None:
         model = adopt(module, Path())
         device = torch.device("cpu")
@@ -43,7 +45,10 @@ class LocalEngine:
         backend = kind(model.layers, blocks, block_size, torch.float32, device)
         pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
         self.batcher = Batcher(Limits(running, budget, longest), pool, policies.create(policy))
-        self.runner = Runner(model.module, backend, max_running=running, max_model_len=longest)
+        grammars = Grammars(tokenizer, model.vocab_size, model.eos_ids)
+        self.runner = Runner(
+            model.module, backend, grammars=grammars, max_running=running, max_model_len=longest
+        )  # fmt: skip
         self.outputs: dict[str, list[int]] = {}
 
     def submit(
