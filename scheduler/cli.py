@@ -49,6 +49,7 @@ _BENCHMARKS = (
     "ladder",
     "attention",
     "contention",
+    "structured",
     "slow_reader",
     "planning",
     "fairness",
