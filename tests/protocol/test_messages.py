@@ -37,7 +37,7 @@ ABBREVIATIONS = {
     b"DEEP": b'{"a":' * 64 + b"1" + b"}" * 64,
     b"TOOL": b'{"type": "function", "function": {"name": "f"}}',
     b"HUGE": b"0" * 20,
-    b"BIG": b"x" * 65537,
+    b"BIG": b"x" * 32769,
 }
 
 
@@ -119,8 +119,8 @@ ABBREVIATIONS = {
                 (b'"structured_outputs": {"regex": "a", "choice": ["a"]}', "structured_outputs", "exactly one"),
                 (b'"structured_outputs": {"regex": ""}', "structured_outputs.regex", "length >= 1"),
                 (b'"structured_outputs": {"choice": []}', "structured_outputs.choice", "length >= 1"),
-                (b'"structured_outputs": {"choice": ["BIG"]}', "structured_outputs.choice", "65536"),
-                (b'"structured_outputs": {"json": {"title": "BIG"}}', "structured_outputs.json", "65536"),
+                (b'"structured_outputs": {"choice": ["BIG"]}', "structured_outputs.choice", "32768"),
+                (b'"structured_outputs": {"json": {"title": "BIG"}}', "structured_outputs.json", "32768"),
                 (b'"structured_outputs": {"json": DEEP}', "structured_outputs.json", "64 deep"),
                 (b'"structured_outputs": {"json": {"maximum": 1HUGE}}', "structured_outputs.json", "64 bits"),
                 (b'"structured_outputs": {"json": ' + b'{"a":' * 100_000, "body", "recursion"),

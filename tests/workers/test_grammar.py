@@ -8,11 +8,13 @@ import pytest
 from tokenizers import AddedToken
 
 from benchmarks.structured import read_schemas
+from protocol.chat import Function, FunctionChoice, Message, NamedTool, Tool
 from protocol.errors import BadRequest
 from protocol.plan import NO_TOKEN, Sampling
 from protocol.request import Request
 from protocol.structure import StructuredOutputs
 from scheduler.structure import check_grammar, grammar_for
+from scheduler.tools import FORCED, ToolParser
 from tests.scheduler.test_text import byte_tokenizer
 from tests.workers.engine import LocalEngine
 from tests.workers.models import tiny
@@ -87,6 +89,49 @@ def test_regex_choice_and_grammar(folder):
     assert text(outputs["choice"]) in ("yes", 'no "thanks"', "🚌")
     nested = text(outputs["grammar"])
     assert nested == "(" * nested.count("(") + "x" + ")" * nested.count("(")
+
+
+WEATHER = Function(
+    "weather",
+    parameters={
+        "properties": {"city": {"$ref": "#/$defs/city"}},
+        "required": ["city"],
+        "additionalProperties": False,
+        "$defs": {"city": {"enum": ["Paris", "Rome"]}},
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "names"),
+    [
+        ("required", True, {"weather", "time"}),
+        ("required", False, {"weather", "time"}),
+        (NamedTool(FunctionChoice("weather")), True, {"weather"}),
+    ],
+)
+def test_a_call_that_is_forced_is_a_call_of_its_schema(folder, choice, parallel, names):
+    request = Request(
+        messages=[Message("user", "Hi")],
+        tools=[Tool(WEATHER), Tool(Function("time"))],
+        tool_choice=choice,
+        parallel_tool_calls=parallel,
+    )
+    check_grammar(request)
+    local = engine(folder)
+    for seed in range(8):
+        submit(local, str(seed), grammar_for(request), seed=seed)
+    numbers = set()
+    for tokens in local.finish().values():
+        said = ToolParser(FORCED, ["weather", "time"], "a/b").parse(text(tokens), complete=True)
+        assert said.content == ""
+        numbers.add(len(said.calls))
+        for call in said.calls:
+            assert call.function.name in names
+            assert (call.function.name == "time") == (call.function.decoded() == {})
+            if call.function.name == "weather":
+                jsonschema.validate(call.function.decoded(), WEATHER.parameters)
+    assert (numbers == {1}) == (not parallel or names == {"weather"})
 
 
 def test_rows_without_a_grammar_are_not_touched(folder):
