@@ -7,9 +7,9 @@ import asyncio
 import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import jsonschema
@@ -22,6 +22,7 @@ from protocol.errors import BadRequest
 from protocol.plan import NO_TOKEN, Sampling, WorkerConfig, WorkerInfo
 from protocol.request import Request
 from protocol.structure import StructuredOutputs
+from scheduler.core.batcher import TokenEvent
 from scheduler.core.sequence import Sequence
 from scheduler.loop import Engine, StepReport
 from scheduler.structure import check_grammar, grammar_for
@@ -58,12 +59,19 @@ class StructuredFigures(msgspec.Struct, frozen=True):
     overhead: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Output:
-    """What was generated for a sequence, without its end token if it came to that."""
+    """What was generated for a sequence, without its end token, and how it ended."""
 
-    tokens: list[int]
-    is_finished: bool
+    tokens: list[int] = field(default_factory=list)
+    end: Literal["finished", "cut", "lost"] | None = None
+
+    def take(self, event: TokenEvent) -> None:
+        if event.finish != "stop":
+            self.tokens.append(event.token)
+        if event.finish is not None:
+            stopped: Literal["finished", "lost"] = "lost" if event.token == NO_TOKEN else "finished"
+            self.end = stopped if event.finish == "stop" else "cut"
 
 
 def read_schemas() -> list[dict[str, Any]]:
@@ -92,25 +100,21 @@ def _grammars(schemas: Iterable[dict[str, Any]]) -> dict[str, str]:
 
 
 async def _run(engine: Engine, sequences: list[Sequence]) -> tuple[dict[str, Output], list[StepReport]]:
-    outputs: dict[str, list[int]] = {sequence.id: [] for sequence in sequences}
-    finished: dict[str, Output] = {}
+    outputs = {sequence.id: Output() for sequence in sequences}
+    unfinished = set(outputs)
     reports = []
     for sequence in sequences:
         engine.submit(sequence)
-    while len(finished) < len(outputs):
+    while unfinished:
         report = await engine.reports.get()
         reports.append(report)
         for event in report.events:
-            if event.finish == "length" or event.token == NO_TOKEN:
-                outputs[event.id].append(event.token)
-            if event.finish is None:
-                outputs[event.id].append(event.token)
-            else:
-                is_finished = event.finish == "stop" and event.token != NO_TOKEN
-                finished[event.id] = Output(outputs[event.id], is_finished)
+            outputs[event.id].take(event)
+            if event.finish is not None:
+                unfinished.remove(event.id)
         if report.given_up:
             raise RuntimeError(f"the worker failed on {len(report.given_up)} sequences")
-    return finished, reports
+    return outputs, reports
 
 
 def _sequence(id: str, info: WorkerInfo, length: int, seed: int, grammar: str | None, *, endless: bool) -> Sequence:
@@ -150,21 +154,20 @@ async def measure(worker: WorkerConfig, *, limit: int | None, length: int, round
             tokenizer = Tokenizer.from_file(f"{engine.info.model_path}/tokenizer.json")
         finally:
             loop.cancel()
-    finished = {number: output.tokens for number, output in outputs.items() if output.is_finished}
+    ended = {end: [id for id, output in outputs.items() if output.end == end] for end in ("finished", "cut", "lost")}
     invalid = [
-        number
-        for number, tokens in finished.items()
-        if not _is_valid(tokenizer.decode(tokens, skip_special_tokens=False), schemas[int(number)])
+        id
+        for id in ended["finished"]
+        if not _is_valid(tokenizer.decode(outputs[id].tokens, skip_special_tokens=False), schemas[int(id)])
     ]
-    lost = [number for number, output in outputs.items() if NO_TOKEN in output.tokens]
     free_s, structured_s = statistics.median(free), statistics.median(structured)
     return StructuredFigures(
         schemas=len(schemas),
         refused=len(schemas) - len(grammars),
-        cut=len(outputs) - len(finished) - len(lost),
-        valid=len(finished) - len(invalid),
+        cut=len(ended["cut"]),
+        valid=len(ended["finished"]) - len(invalid),
         invalid=invalid,
-        lost=lost,
+        lost=ended["lost"],
         rows=rows,
         free_step_s=free_s,
         structured_step_s=structured_s,

@@ -14,6 +14,7 @@ from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
 from benchmarks.workload import load, mixed
 from tests.workers.models import save, servable, tiny
+from tests.workers.test_grammar import EOS, TOKENIZER, VOCAB
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -124,3 +125,14 @@ def test_prefix_counts_what_is_computed_and_of_whom(served):
     isolation = figures["isolation"]
     assert [isolation[name]["computed_prompt_tokens"] for name in ("cold", "warm", "other")] == [74, 74 - 64, 74]
     assert "computes 74 of 74 tokens" in report.prefix_line(msgspec.convert(figures, PrefixFigures))
+
+
+def test_structured_output_is_of_its_schema_and_its_cost_is_told(tmp_path):
+    folder = save(tiny("llama", vocab_size=VOCAB, eos_token_id=EOS), tmp_path)
+    TOKENIZER.save(str(folder / "tokenizer.json"))
+    figures = bench("structured", "--model", str(folder), "--limit", "12", "--length", "60", "--rounds", "1")
+    assert figures["schemas"] == 12
+    assert figures["refused"] + figures["cut"] + figures["valid"] == 12
+    assert (figures["invalid"], figures["lost"], figures["rows"]) == ([], [], 4)
+    assert figures["valid"]
+    assert min(figures["free_step_s"], figures["structured_step_s"]) > 0
