@@ -17,8 +17,9 @@ from torch import Tensor
 
 from protocol.plan import NO_TOKEN, Admission
 
-#: A state takes 1 to 2 KB, so a compiled grammar at most some 40 MB.
-_LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+#: A quarter of llguidance's own limits on a step, some milliseconds of work: whoever shares the batch waits for it. A state takes
+#: 1 to 2 KB, so a compiled grammar at most some 40 MB.
+_LIMITS = LLParserLimits(step_lexer_fuel=50_000, step_max_items=12_500, max_lexer_states=20_000, verbose_errors=False)
 #: Compiled grammars that are kept; each takes memory as it is used.
 _MOST_COMPILED = 32
 

@@ -12,10 +12,13 @@ from tokenizers import Tokenizer
 
 from protocol import replies
 from protocol.chat import Function, Message, Tool
-from protocol.plan import WorkerInfo
+from protocol.errors import BadRequest
+from protocol.plan import NO_TOKEN, WorkerInfo
 from protocol.request import Request
+from protocol.structure import StructuredOutputs
 from scheduler.generation import Generation, sequence_for
 from scheduler.journal.entry import Entry, Listener
+from scheduler.structure import grammar_for
 from scheduler.tools import FORMATS, ToolParser
 from tests.scheduler.test_text import byte_tokenizer
 from workers.weights import demo_model
@@ -154,9 +157,7 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, data):
 
 def test_a_generation_that_calls_tools_says_so():
     request = Request(messages=[Message("user", "Hi")], tools=[Tool(Function("wave"))], stream=True)
-    entry = Entry(
-        id="alice/a", model="tiny", request=request, prompt=[1], seed=1, accepted_at=1e9, listeners=[]
-    )  # fmt: skip
+    entry = Entry(id="alice/a", model="tiny", request=request, prompt=[1], seed=1, accepted_at=1e9, listeners=[])
     tokens = byte_tokenizer().encode(f"One moment. {CALL}").ids
     process = Process(entry, byte_tokenizer(), [])
     process.run([*tokens, 0], [True] * (len(tokens) + 1), "stop", until=len(tokens) + 1)
@@ -210,3 +211,16 @@ def test_the_batcher_goes_on_after_the_journalled_tokens():
     assert sequence.sampling.seed == 5
     assert (sequence.priority, sequence.deadline) == (-3, 2e9)
     assert sequence_for(msgspec.structs.replace(entry, expires_at=None), INFO).deadline == math.inf
+
+
+def test_a_structure_goes_with_its_sequence_to_any_model_that_can_end():
+    request = Request(prompt=[1, 2], structured_outputs=StructuredOutputs(regex="a+"), stop_token_ids=[7])
+    entry = Entry(
+        id="alice/a", model="tiny", request=request, prompt=[1, 2], seed=5, accepted_at=0.0, listeners=[], records=[[9]]
+    )
+    sequence = sequence_for(entry, msgspec.structs.replace(INFO, eos_ids=[3]))
+    assert sequence.sampling.grammar == grammar_for(request)
+    assert sequence.stop_ids == {3, 7, NO_TOKEN}
+    with pytest.raises(BadRequest, match="no token that ends") as caught:
+        sequence_for(entry, INFO)
+    assert caught.value.body.param == "structured_outputs"

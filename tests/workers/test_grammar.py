@@ -163,9 +163,14 @@ def test_after_a_preemption_the_grammar_goes_on_where_the_output_is(folder):
         jsonschema.validate(json.loads(text(tokens)), schema)
 
 
-def test_a_grammar_that_this_model_can_not_follow_ends_its_own_sequence_alone(folder):
+MANY = range(1200)
+COMPLEX = "start: " + " | ".join(f"T{n}" for n in MANY) + "".join(f"\nT{n}: /[^a]{{{n}}}.*/" for n in MANY)
+
+
+@pytest.mark.parametrize("lark", ['start: "a" <|nobody_knows_this|>', COMPLEX], ids=["unknown token", "too complex"])
+def test_a_grammar_that_this_model_can_not_follow_ends_its_own_sequence_alone(folder, lark):
     local = engine(folder)
-    submit(local, "lost", grammar(grammar='start: "a" <|nobody_knows_this|>'))
+    submit(local, "lost", grammar(grammar=lark))
     submit(local, "bound", grammar(regex="a{5}"))
     outputs = local.finish()
     assert outputs["lost"] == [NO_TOKEN]
