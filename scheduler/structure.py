@@ -49,6 +49,12 @@ def structure_field(request: Request) -> str:
     return "response_format" if request.structured_outputs is None else "structured_outputs"
 
 
+def lost_structure(request: Request) -> BadRequest:
+    """What a request ends with whose grammar the worker can't follow any further."""
+    detail = "can't be followed any further: it is too complex, or names a token that this model hasn't"
+    return BadRequest(structure_field(request), detail)
+
+
 def _outputs(outputs: StructuredOutputs) -> str:
     if outputs.json is not None:
         return _json(outputs.json)

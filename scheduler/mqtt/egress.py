@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable
 
-from protocol.errors import BadRequest, ErrorBody, RequestError, ServiceError
+from protocol.errors import ErrorBody, RequestError, ServiceError
 from protocol.plan import NO_TOKEN
 from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Terminal
 from scheduler.admission import Admission
@@ -18,7 +18,7 @@ from scheduler.loop import Engine, Failure, StepReport
 from scheduler.metrics import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.outlook import Outlook
-from scheduler.structure import structure_field
+from scheduler.structure import lost_structure
 
 logger = logging.getLogger(__name__)
 
@@ -179,10 +179,7 @@ class Egress:
         for event in report.events:
             generation = self._generations.get(event.id)
             if generation is not None and event.token == NO_TOKEN:
-                field = structure_field(generation.entry.request)
-                self._fail(
-                    generation, BadRequest(field, "can't be followed any further: it is too complex for this model")
-                )
+                self._fail(generation, lost_structure(generation.entry.request))
             elif generation is not None:
                 self._take_token(generation, event.token, event.finish, report.at)
         for failure in report.given_up:
