@@ -135,10 +135,10 @@ class Process:
         group = await enter(asyncio.TaskGroup())
         self.admission = Admission(Bounds(100, 10_000, lambda _: Quota(100)), self.engine.now)
         self.delivery = Delivery(self.broker, self.journal, group)
-        text = SimpleNamespace(backend=TOKENIZER)
+        chat = SimpleNamespace(backend=TOKENIZER, tool_parser=lambda *_: None)
         self.outlook = Outlook(8, lambda _: 1.0)
         self.egress = Egress(
-            self.delivery, self.journal, self.engine, text, self.admission, self.outlook, Metrics(), 0.001
+            self.delivery, self.journal, self.engine, chat, self.admission, self.outlook, Metrics(), 0.001
         )
         parts = (self.journal, self.engine, self.admission, self.delivery, self.egress)
         loops = (self.engine.run(), self.egress.run(), self.egress.flush_regularly(), self.egress.expire_overdue())
