@@ -19,9 +19,9 @@ from benchmarks.engine import EngineFigures, record
 from benchmarks.workload import WorkItem, Workload, config
 from protocol.plan import NGRAM, WeightsName
 from protocol.request import Message, Request
+from scheduler.chat import Chat
 from scheduler.config import OFF, Config
 from scheduler.loop import StepReport
-from scheduler.text import Text
 from workers.model import path_of
 
 _FOLDERS = (Path(protocol.__file__).parent, Path(scheduler.core.__file__).parent)
@@ -70,8 +70,8 @@ def texts(count: int) -> list[str]:
     return [_TASKS[number % len(_TASKS)].format(text=part) for number, part in enumerate(chosen)]
 
 
-def workload(text: Text, count: int, output_tokens: int) -> Workload:
-    prompts = [text.prompt_tokens(Request(messages=[Message("user", each)])) for each in texts(count)]
+def workload(chat: Chat, count: int, output_tokens: int) -> Workload:
+    prompts = [chat.prompt_tokens(Request(messages=[Message("user", each)])) for each in texts(count)]
     return Workload(
         [WorkItem(number, prompt, output_tokens, ignore_eos=False) for number, prompt in enumerate(prompts)]
     )
@@ -140,7 +140,7 @@ def main(
     as_json: bool,
 ) -> None:
     """Texts that repeat their prompts, with drafts and without."""
-    text = Text(str(path_of(model)))
+    chat = Chat(str(path_of(model)))
     cases = []
     for batch in batches:
         settings = config(model, batch, 256)
@@ -151,7 +151,7 @@ def main(
                 settings.engine, speculation=speculation, max_draft=max_draft, cheap_tokens=cheap_tokens
             ),
         )
-        work = workload(text, single if batch == 1 else batch, output_tokens)
+        work = workload(chat, single if batch == 1 else batch, output_tokens)
         cases.append(asyncio.run(measure(work, settings, rounds)))
     cli.show(SpeculationFigures(speculation, rounds, cases), as_json)
 

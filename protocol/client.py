@@ -11,7 +11,6 @@ import msgspec
 
 from protocol import topics
 from protocol.errors import RequestError, ServiceError
-from protocol.openai import ChatCompletion, piece
 from protocol.replies import (
     TERMINAL,
     Accepted,
@@ -154,7 +153,7 @@ class Client:
 class Stream:
     """One generation: iterate over its chunks; ``result`` is there when they end.
 
-    The chunks' texts together are exactly the result's text: should some be lost on the way, the last one carries the
+    The chunks' texts and tool calls together are exactly the result's: should some be lost on the way, the last one carries the
     rest. Leaving the iteration early cancels the request. Iterating raises RequestError (the service refused or
     failed), RequestCancelled, RequestExpired, TransportError (the broker refused it), or TimeoutError when nobody accepted it.
     """
@@ -193,7 +192,7 @@ class Stream:
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         text = ""
-        expected = 0
+        expected = calls = 0
         self._exchange.join(self)
         sender = self._exchange.spawn(self._send(), name=f"send {self.request_id}")
         try:
@@ -202,6 +201,7 @@ class Stream:
                 if reply.seq == expected:
                     expected += 1
                     text += reply.text
+                    calls += len(reply.calls)
                     yield reply
         finally:
             sender.cancel()
@@ -211,7 +211,7 @@ class Stream:
         if text + rest != reply.text:
             raise ServiceError("internal", "the result doesn't begin with the text that was streamed")
         if rest or expected < reply.chunks:
-            yield _last_chunk(reply, expected, rest)
+            yield reply.rest(expected, rest, calls)
 
     def deliver(self, reply: Reply | Exception) -> None:
         self._ended = self._ended or isinstance(reply, TERMINAL)
@@ -368,21 +368,6 @@ class _Exchange:
         for stream in list(self._streams.values()):
             stream.leave()
             stream.deliver(TransportError("the client was closed before the request had ended"))
-
-
-def _last_chunk(result: Result, seq: int, text: str) -> Chunk:
-    """What was lost on the way, as one more chunk."""
-    whole = result.data
-    data = piece(
-        chat=isinstance(whole, ChatCompletion),
-        request_id=result.request_id,
-        created=whole.created,
-        model=whole.model,
-        text=text,
-        reason=result.finish_reason,
-        first=seq == 0,
-    )
-    return Chunk(result.request_id, seq, data)
 
 
 async def _happens(event: asyncio.Event, *, within_s: float) -> bool:

@@ -3,12 +3,15 @@
 Source: OpenAI API reference, "The chat completion object", "The chat completion chunk object", "The completion object".
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length"]
+from protocol.chat import FunctionCall, ToolCall
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -100,8 +103,11 @@ def _alternatives(token: TokenLogprob) -> dict[str, float]:
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    content: str
+    """``content`` is null where the model did nothing but call tools."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -112,7 +118,11 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        return self.message.content
+        return self.message.content or ""
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return self.message.tool_calls or []
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, tag_field="object", tag="chat.completion"):
@@ -126,9 +136,19 @@ class ChatCompletion(msgspec.Struct, frozen=True, tag_field="object", tag="chat.
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """A tool call, which is streamed once it is whole; ``index`` counts the calls of its message."""
+
+    index: int
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
-    content: str
+    content: str | None
     role: Literal["assistant"] | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -139,7 +159,11 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        return self.delta.content
+        return self.delta.content or ""
+
+    @property
+    def calls(self) -> list[ToolCallDelta]:
+        return self.delta.tool_calls or []
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True, tag_field="object", tag="chat.completion.chunk"):
@@ -157,6 +181,10 @@ class TextChoice(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     logprobs: TextLogprobs | None = None
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def calls(self) -> tuple[()]:
+        return ()
 
 
 class TextCompletion(msgspec.Struct, frozen=True, tag_field="object", tag="text_completion"):
@@ -178,12 +206,14 @@ def answer(
     text: str,
     reason: FinishReason,
     usage: Usage,
+    calls: Sequence[ToolCall] = (),
     logprobs: TokenLogprobs | None = None,
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET,
 ) -> ChatCompletion | TextCompletion:
     """The whole answer, as the kind of object that was asked for."""
     if chat:
-        choice = ChatChoice(AssistantMessage(text), reason, 0, _for_chat(logprobs))
+        message = AssistantMessage(text or None, tool_calls=list(calls)) if calls else AssistantMessage(text)
+        choice = ChatChoice(message, reason, 0, _for_chat(logprobs))
         return ChatCompletion(f"chatcmpl-{request_id}", created, model, [choice], usage, prompt_logprobs)
     choices = [TextChoice(text, 0, reason, _for_text(logprobs), prompt_logprobs)]
     return TextCompletion(f"cmpl-{request_id}", created, model, choices, usage)
@@ -198,11 +228,14 @@ def piece(
     text: str,
     reason: FinishReason | None,
     first: bool,
+    calls: Sequence[ToolCall] = (),
+    calls_before: int = 0,
     logprobs: TokenLogprobs | None = None,
 ) -> ChatCompletionChunk | TextCompletion:
     """One piece of an answer; the first of a chat names the role, the last carries the finish reason."""
     if chat:
-        delta = Delta(text, "assistant" if first else None)
+        numbered = [ToolCallDelta(calls_before + n, call.id, call.function) for n, call in enumerate(calls)]
+        delta = Delta(text, "assistant" if first else None, numbered or None)
         choices = [ChatChunkChoice(delta, 0, reason, _for_chat(logprobs))]
         return ChatCompletionChunk(f"chatcmpl-{request_id}", created, model, choices)
     text_choices = [TextChoice(text, 0, reason, _for_text(logprobs))]

@@ -14,6 +14,13 @@ _MODELS = "absent: the model's own, else"
 MEANINGS = {
     "messages": "the chat to go on with: one of the two must be given",
     "prompt": "the text to go on with, as text or token ids",
+    "add_generation_prompt": "end the prompt with the beginning of an assistant's message",
+    "continue_final_message": "the answer goes on where the last message ends; needs `add_generation_prompt` false",
+    "tools": "functions that the model may call, with the JSON schemas of their `parameters`",
+    "tool_choice": "which of them, if any: a `NamedTool` is one by its name; absent: `auto`",
+    "parallel_tool_calls": "false: one call at most",
+    "response_format": "the structure of the answer: any text, any JSON object, or JSON of a schema",
+    "structured_outputs": "the same by one of `json` (a schema), `regex`, `choice`, `grammar`",
     "model": "absent, or the model that the topic names, perhaps with a LoRA adapter: `smollm2:formal`",
     "max_tokens": "with the prompt at most the context; absent: up to it",
     "max_completion_tokens": "the same under its newer name",
@@ -59,8 +66,10 @@ def table() -> str:
 
 def _type(schema: dict[str, Any]) -> str:
     """What a JSON schema lets through, in words."""
-    if "anyOf" in schema:
-        return " or ".join(_type(option) for option in schema["anyOf"] if option.get("type") != "null")
+    options = [_type(option) for option in schema.get("anyOf", ()) if option.get("type") != "null"]
+    options += [f"`{value}`" for value in schema.get("enum", ())]
+    if options:
+        return " or ".join(options)
     if "$ref" in schema:
         return f"`{schema['$ref'].rpartition('/')[2]}`"
     match schema["type"]:

@@ -51,12 +51,17 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     speculation: str | None = None
 
 
+#: Comes instead of a token that can't be sampled: the grammar of its sequence can't be followed any further.
+NO_TOKEN = -1
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How one sequence's tokens are drawn; at its default, each of these is off. ``temperature`` 0 is greedy.
 
     Before the output has ``min_tokens`` none of ``stop_ids`` is drawn. ``bad_words`` are token sequences that are never
     completed. ``logprobs`` and ``prompt_logprobs``: each token of the output, or the prompt, is scored and so many of the
-    likeliest in its place are told; None: not at all. All token ids must be in the vocabulary.
+    likeliest in its place are told; None: not at all. ``grammar``: what the output must follow, in llguidance's notation. All
+    token ids must be in the vocabulary.
     """
 
     temperature: float = 0.0
@@ -74,6 +79,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
 
 #: Of these a model may have defaults of its own.

@@ -3,12 +3,22 @@
 Every body is JSON with a ``type``; chunks and results carry the OpenAI object in ``data``.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
+from protocol.chat import ToolCall
 from protocol.errors import ErrorBody
-from protocol.openai import ChatCompletion, ChatCompletionChunk, FinishReason, TextCompletion, Usage
+from protocol.openai import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    FinishReason,
+    TextCompletion,
+    ToolCallDelta,
+    Usage,
+    piece,
+)
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -36,6 +46,11 @@ class Chunk(msgspec.Struct, frozen=True, tag="chunk"):
     def text(self) -> str:
         return self.data.choices[0].text
 
+    @property
+    def calls(self) -> Sequence[ToolCallDelta]:
+        """The tool calls that it carries."""
+        return self.data.choices[0].calls
+
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
     """Terminal: the whole text, usage and timings. ``chunks`` is how many chunks were published before it.
@@ -55,6 +70,11 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
         return self.data.choices[0].text
 
     @property
+    def calls(self) -> Sequence[ToolCall]:
+        """The tools that the model calls."""
+        return self.data.choices[0].calls
+
+    @property
     def usage(self) -> Usage:
         assert self.data.usage is not None
         return self.data.usage
@@ -64,6 +84,21 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
         reason = self.data.choices[0].finish_reason
         assert reason is not None
         return reason
+
+    def rest(self, seq: int, text: str, calls: int) -> Chunk:
+        """What was lost on the way, ``text`` and all but so many ``calls``, as one more chunk."""
+        data = piece(
+            chat=isinstance(self.data, ChatCompletion),
+            request_id=self.request_id,
+            created=self.data.created,
+            model=self.data.model,
+            text=text,
+            reason=self.finish_reason,
+            first=seq == 0,
+            calls=self.calls[calls:],
+            calls_before=calls,
+        )
+        return Chunk(self.request_id, seq, data)
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):

@@ -5,17 +5,30 @@ named as vLLM names it; ``priority``, ``deadline_ms`` and ``refuse_late`` are ou
 is accepted only at the value that asks for nothing, so that no request is served other than as it was written.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from protocol.chat import Message, Tool, ToolChoice, check_tools
 from protocol.errors import BadRequest
+from protocol.structure import ResponseFormat, StructuredOutputs, TextFormat, check_structure
 
 #: 2**63 - 1: seeds are signed 64-bit in the OpenAI API.
 MAX_SEED = (1 << 63) - 1
 #: A week, in milliseconds: for as long a broker keeps messages for the service, unless configured otherwise.
 MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
+
+__all__ = [
+    "MAX_DEADLINE_MS",
+    "MAX_LOGPROBS",
+    "MAX_SEED",
+    "Message",
+    "Request",
+    "StreamOptions",
+    "decode_request",
+    "encode_request",
+]
 
 #: Of the likeliest tokens at one position, so many may be asked for.
 MAX_LOGPROBS = 20
@@ -26,25 +39,6 @@ TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenKey = Annotated[str, Meta(pattern="^[0-9]{1,10}$")]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Likeliest = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
-
-
-class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One part of a message's content."""
-
-    text: str
-    type: Literal["text"] = "text"
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One message of a chat."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=256)]
-    name: Annotated[str, Meta(max_length=64)] | None = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,6 +52,13 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)] | None = None
     prompt: str | list[TokenId] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: Annotated[list[Tool], Meta(min_length=1, max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
@@ -99,6 +100,22 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return (self.model or "").partition(":")[2]
 
     @property
+    def offered_tools(self) -> list[Tool]:
+        """Those that the model may call."""
+        return [] if self.tools is None or self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is to be nothing but calls."""
+        return bool(self.offered_tools) and self.tool_choice not in (None, "auto")
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the answer's structure is prescribed."""
+        free = self.response_format is None or isinstance(self.response_format, TextFormat)
+        return self.must_call or not free or self.structured_outputs is not None
+
+    @property
     def output_limit(self) -> int | None:
         """The most tokens the sender wants, under either of the OpenAI API's two names."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -131,6 +148,12 @@ def decode_request(payload: bytes) -> Request:
     _check_prompt(request)
     _check_lengths(request)
     _check_logprobs(request)
+    for number, message in enumerate(request.messages or ()):
+        message.check(f"messages[{number}]")
+    check_tools(request.tools, request.tool_choice)
+    check_structure(request.response_format, request.structured_outputs)
+    _check_chat(request)
+    _check_constrained(request)
     return request
 
 
@@ -156,6 +179,31 @@ def _check_logprobs(request: Request) -> None:
         )
     if request.top_logprobs is not None and request.logprobs is not True:
         raise BadRequest("top_logprobs", "needs messages and logprobs = true")
+
+
+def _check_chat(request: Request) -> None:
+    if request.messages is None:
+        if request.tools is not None:
+            raise BadRequest("tools", "needs messages")
+        if request.continue_final_message:
+            raise BadRequest("continue_final_message", "needs messages")
+        return
+    if request.continue_final_message:
+        if request.add_generation_prompt:
+            raise BadRequest("add_generation_prompt", "must be false where the final message is continued")
+        if not request.messages[-1].text:
+            raise BadRequest(f"messages[{len(request.messages) - 1}].content", "holds nothing to be continued")
+
+
+def _check_constrained(request: Request) -> None:
+    if not request.is_constrained:
+        return
+    field = "structured_outputs" if request.structured_outputs is not None else "response_format"
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(request, name):
+            raise BadRequest(name, "a prescribed structure ends where it ends")
+    if request.offered_tools and (request.structured_outputs is not None or request.response_format is not None):
+        raise BadRequest(field, "can't be had beside tools that may be called")
 
 
 def encode_request(request: Request) -> bytes:

@@ -53,6 +53,7 @@ _BENCHMARKS = (
     "ladder",
     "attention",
     "contention",
+    "structured",
     "slow_reader",
     "planning",
     "fairness",

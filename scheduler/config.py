@@ -16,6 +16,7 @@ from protocol.transport import BrokerAddress
 from scheduler.core.policies import PolicyName
 from scheduler.core.speculation import Speculation
 from scheduler.quotas import Quota
+from scheduler.tools import FormatName
 
 ENV_PREFIX = "TOKENBUS_"
 EMBEDDED = "embedded"
@@ -46,6 +47,7 @@ class ModelConfig(Section, frozen=True):
     ``weights``: how linear layers hold theirs on the CPU, beside activations in float32; ``plain``: as torch does.
     ``adapters``: LoRA adapters as PEFT saves them, directories by name, for requests of model ``alias:name``; ``max_adapters``
     of them are in memory, and in a step, at once.
+    ``tool_parser``: the format of tool calls; absent: the one that the chat template shows.
     """
 
     alias: str = "smollm2"
@@ -58,6 +60,7 @@ class ModelConfig(Section, frozen=True):
     max_model_len: Count | None = None
     adapters: dict[str, str] = {}
     max_adapters: Count = 8
+    tool_parser: FormatName | None = None
 
 
 class EngineConfig(Section, frozen=True):

@@ -10,13 +10,15 @@ import msgspec
 from protocol import openai, replies
 from protocol.errors import BadRequest
 from protocol.openai import FinishReason, PromptLogprobs, PromptTokensDetails, TokenLogprobs, Usage
-from protocol.plan import Scored, WorkerInfo
+from protocol.plan import NO_TOKEN, Scored, WorkerInfo
 from protocol.request import Request
+from scheduler.chat import Chat
 from scheduler.core.sequence import Sequence
 from scheduler.journal.entry import Entry, Token, token_id
 from scheduler.logprobs import ScoredText, prompt_logprobs
 from scheduler.sampling import check_sampling, sampling_of, stop_ids_of
-from scheduler.text import Detokenizer, StopStrings, Text
+from scheduler.text import Detokenizer, StopStrings
+from scheduler.tools import Said, ToolParser
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,7 +62,7 @@ def sequence_for(entry: Entry, info: WorkerInfo, tokenizer: "Tokenizer") -> Sequ
         entry.id,
         entry.prompt,
         max_tokens=request.output_limit or info.max_model_len - len(entry.prompt),
-        stop_ids=stop_ids_of(request, info),
+        stop_ids=stop_ids_of(request, info) | {NO_TOKEN},
         sampling=sampling_of(request, entry.seed, info, tokenizer),
         output=[token_id(token) for record in entry.records for token in record],
         tenant=entry.tenant,
@@ -80,7 +82,8 @@ class Generation:
     """Text comes in token by token and goes out in numbered pieces; times are on the engine's clock, in seconds.
 
     A piece is journalled as the tokens that made it, then published as a chunk if the request streams: after a crash the
-    same tokens make the same pieces under the same numbers. ``cuts`` are the text's lengths at the ends of pieces.
+    same tokens make the same pieces under the same numbers. ``cuts`` are the text's lengths at the ends of pieces. What a piece
+    says follows from the text up to its ends alone, tool calls included.
 
     Scores are journalled with their tokens. A piece tells those of the tokens that begin in it, so nothing of a stop string.
     """
@@ -90,6 +93,7 @@ class Generation:
     tokenizer: "Tokenizer"
     detokenizer: Detokenizer
     stops: StopStrings
+    tools: ToolParser | None = None
     started_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -104,14 +108,18 @@ class Generation:
     _decoded: int = 0
 
     @classmethod
-    def of(cls, entry: Entry, text: Text, accepted_at: float) -> Self:
+    def of(cls, entry: Entry, chat: Chat, accepted_at: float) -> Self:
         """The generation of an entry, with the pieces that were journalled for it."""
+        tools = chat.tool_parser(entry.request, entry.id)
         generation = cls(
             entry=entry,
             accepted_at=accepted_at,
-            tokenizer=text.backend,
-            detokenizer=Detokenizer(text.backend, entry.prompt),
+            tokenizer=chat.backend,
+            detokenizer=Detokenizer(
+                chat.backend, entry.prompt, keep_special=tools is not None and tools.format.is_special
+            ),
             stops=StopStrings(entry.request.stop_strings, include=entry.request.include_stop_str_in_output),
+            tools=tools,
         )
         for record in entry.records:
             for token in record:
@@ -145,22 +153,26 @@ class Generation:
 
     def cut(self) -> tuple[int, list[Token]] | None:
         """End a piece here: its number and tokens; None when there is nothing to publish yet."""
-        if not self._uncut or (self.streams and len(self.text) == self.cuts[-1]):
+        if not self._uncut or (self.streams and self._said(len(self.text)) == self._said(self.cuts[-1])):
             return None
         tokens = self._uncut
         self._close_piece()
         return len(self.cuts) - 2, tokens
 
     def chunk(self, number: int, reason: FinishReason | None = None) -> replies.Chunk:
-        """A piece as it is published."""
+        """A piece as it is published; the last one has the reason of the end."""
+        before = self._said(self.cuts[number])
+        said = self._said(self.cuts[number + 1], complete=reason is not None)
         data = openai.piece(
             chat=self.entry.request.is_chat,
             request_id=self.entry.request_id,
             created=int(self.entry.accepted_at),
             model=self.entry.request.model or self.entry.model,
-            text=self.text[self.cuts[number] : self.cuts[number + 1]],
-            reason=reason,
+            text=said.content[len(before.content) :],
+            reason=_reason(reason, said) if reason else None,
             first=number == 0,
+            calls=said.calls[len(before.calls) :],
+            calls_before=len(before.calls),
             logprobs=self._logprobs(self.cuts[number], self.cuts[number + 1] if reason is None else self._end),
         )
         return replies.Chunk(self.entry.request_id, number, data)
@@ -172,13 +184,15 @@ class Generation:
 
     def result(self, reason: FinishReason, at: float) -> replies.Result:
         prompt_tokens = len(self.entry.prompt)
+        said = self._said(len(self.text), complete=True)
         data = openai.answer(
             chat=self.entry.request.is_chat,
             request_id=self.entry.request_id,
             created=int(self.entry.accepted_at),
             model=self.entry.request.model or self.entry.model,
-            text=self.text,
-            reason=reason,
+            text=said.content,
+            reason=_reason(reason, said),
+            calls=said.calls,
             usage=Usage(
                 prompt_tokens,
                 self.completion_tokens,
@@ -199,6 +213,11 @@ class Generation:
             ttft_s=None if first is None else first - self.accepted_at,
             total_s=at - self.accepted_at,
         )
+
+    def _said(self, length: int, *, complete: bool = False) -> Said:
+        """What this much of the text says."""
+        text = self.text[:length]
+        return Said(text) if self.tools is None else self.tools.parse(text, complete=complete)
 
     def _take(self, token: Token) -> None:
         self.completion_tokens += 1
@@ -229,3 +248,7 @@ class Generation:
     def _close_piece(self) -> None:
         self._uncut = []
         self.cuts.append(len(self.text))
+
+
+def _reason(reason: FinishReason, said: Said) -> FinishReason:
+    return "tool_calls" if said.calls and reason == "stop" else reason

@@ -7,18 +7,22 @@ import msgspec
 from protocol.errors import BadRequest
 from protocol.plan import MODEL_DEFAULTS, Sampling, WorkerInfo
 from protocol.request import Request
+from scheduler.structure import grammar_for, structure_field
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
 def check_sampling(request: Request, room: int, info: WorkerInfo) -> None:
-    """Raises BadRequest for unknown tokens, or for more of them than the ``room`` that the prompt leaves."""
+    """Raises BadRequest for unknown tokens, for more of them than the ``room`` that the prompt leaves, or for a structure that
+    this model can't end."""
     if request.min_tokens > room:
         raise BadRequest("min_tokens", f"must be at most {room}, which is what the prompt leaves of the context")
     unknown = next((token for token in request.logit_bias or () if int(token) >= info.vocab_size), None)
     if unknown is not None:
         raise BadRequest("logit_bias", f"{unknown} is no token id: those are below {info.vocab_size}")
+    if request.is_constrained and not info.eos_ids:
+        raise BadRequest(structure_field(request), "this model has no token that ends a text")
 
 
 def stop_ids_of(request: Request, info: WorkerInfo) -> frozenset[int]:
@@ -42,6 +46,7 @@ def sampling_of(request: Request, seed: int, info: WorkerInfo, tokenizer: "Token
         bad_words=_token_sequences(request.bad_words or [], info.vocab_size, tokenizer),
         logprobs=request.num_logprobs,
         prompt_logprobs=request.prompt_logprobs,
+        grammar=grammar_for(request),
     )
 
 

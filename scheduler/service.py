@@ -13,6 +13,7 @@ from protocol import replies, topics
 from protocol.errors import BadRequest, ServiceError
 from protocol.transport import BrokerAddress, Transport, Will
 from scheduler.admission import Admission, Bounds
+from scheduler.chat import Chat, preload
 from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
 from scheduler.console.activity import Activity
 from scheduler.console.server import PREFIX, console_for
@@ -34,7 +35,7 @@ from scheduler.mqtt.ingress import SUBSCRIPTIONS, Ingress, Reader
 from scheduler.mqtt.watch import BrokerWatch
 from scheduler.outlook import Outlook
 from scheduler.recovery import Recovery
-from scheduler.text import Text, preload
+from scheduler.tools import FormatName
 from scheduler.tracing import tracing
 from scheduler.turns import Turns
 
@@ -188,8 +189,8 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     )
     await stack.enter_async_context(http)
     await asyncio.gather(stack.enter_async_context(engine), asyncio.to_thread(preload))
-    text = await _text(engine.info.model_path)
-    _share_prefixes(config.engine.shared_prefixes, text, engine)
+    chat = await _chat(engine.info.model_path, config.model.tool_parser)
+    _share_prefixes(config.engine.shared_prefixes, chat, engine)
     journal = await stack.enter_async_context(_journal(config, data_dir))
     transport = await stack.enter_async_context(_transport(config, data_dir, broker_url))
     spans = await stack.enter_async_context(tracing(config.tracing, config.service.replica, engine.now))
@@ -200,10 +201,10 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     outlook = Outlook(config.engine.max_running, engine.batcher.queue.weight)
     activity = Activity(engine, config.model.alias)
     flush_s = config.service.flush_ms / 1000
-    egress = Egress(delivery, journal, engine, text, admission, outlook, metrics, activity, spans, flush_s)
-    reader = Reader(text, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
+    egress = Egress(delivery, journal, engine, chat, admission, outlook, metrics, activity, spans, flush_s)
+    reader = Reader(chat, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
     watch = BrokerWatch(metrics.broker_dropped)
-    turns, load = _turns(journal, engine, egress, text, config.engine.max_running)
+    turns, load = _turns(journal, engine, egress, chat, config.engine.max_running)
     ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch, metrics, turns)
     recovery = Recovery(journal, engine, admission, delivery, egress, config.model.alias, config.engine.attempts)
     fleet = None
@@ -321,23 +322,23 @@ async def _broker(config: Config, data_dir: Path, stack: contextlib.AsyncExitSta
     return broker.url
 
 
-async def _text(path: str) -> Text:
+async def _chat(path: str, tool_parser: FormatName | None) -> Chat:
     try:
-        return await asyncio.to_thread(Text, path)
+        return await asyncio.to_thread(Chat, path, tool_parser)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: no tokenizer that we can use: {error}") from None
 
 
-def _share_prefixes(systems: list[str], text: Text, engine: Engine) -> None:
+def _share_prefixes(systems: list[str], chat: Chat, engine: Engine) -> None:
     try:
         for system in systems:
-            engine.batcher.pool.share(text.system_tokens(system))
+            engine.batcher.pool.share(chat.system_tokens(system))
     except BadRequest as error:
         raise ConfigError(f"engine.shared_prefixes: {error}") from None
 
 
 def _turns(
-    journal: Journal, engine: Engine, egress: Egress, text: Text, max_running: int
+    journal: Journal, engine: Engine, egress: Egress, chat: Chat, max_running: int
 ) -> tuple[Turns, Callable[[], float]]:
     """A replica's place among others, and what it tells of its load. Who shares no journal is alone."""
 
@@ -345,7 +346,7 @@ def _turns(
         return len(egress) / max_running
 
     def cached(entry: Entry) -> float:
-        sequence = sequence_for(entry, engine.info, text.backend)
+        sequence = sequence_for(entry, engine.info, chat.backend)
         return engine.batcher.pool.cached_len(sequence) / sequence.prompt_len
 
     number = journal.number if isinstance(journal, PostgresJournal) else 0

@@ -70,7 +70,7 @@ def _default(schema: dict[str, Any]) -> str:
 def _told(schema: dict[str, Any]) -> str:
     """A schema in words."""
     if "anyOf" in schema:
-        return " or ".join(_told(choice) for choice in schema["anyOf"] if choice["type"] != "null")
+        return " or ".join(_told(choice) for choice in schema["anyOf"] if choice.get("type") != "null")
     if "enum" in schema:
         return ", ".join(f"`{choice}`" for choice in schema["enum"])
     if schema["type"] == "array":

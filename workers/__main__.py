@@ -16,6 +16,7 @@ from workers import selftest
 from workers.attention import AttentionBackend, choose
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
+from workers.grammar import Grammars
 from workers.lora import AdapterRefused, Adapters
 from workers.model import Model, ModelRefused, load
 from workers.packing import pack
@@ -92,6 +93,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
     runner = Runner(
         model.module,
         backend,
+        grammars=Grammars(model.path, model.vocab_size, model.eos_ids),
         max_running=config.max_running,
         max_model_len=max_model_len,
         adapters=adapters,

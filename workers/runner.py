@@ -16,6 +16,7 @@ from protocol.plan import Scored, StepPlan, StepResult, Verdict
 from workers.attention import AttentionBackend, Attributes
 from workers.bridge import attending
 from workers.drafts import Drafter, judge
+from workers.grammar import Grammars, Mask
 from workers.lora import Adapters
 from workers.sampler import Sampler
 from workers.scores import Scores, Stretch
@@ -53,6 +54,7 @@ class Runner:
         module: PreTrainedModel,
         backend: AttentionBackend,
         *,
+        grammars: Grammars,
         max_running: int,
         max_model_len: int,
         adapters: Adapters | None = None,
@@ -65,6 +67,7 @@ class Runner:
         self._slots = Slots(max_running, blocks, backend.block_size, backend.device)
         self._sampler = Sampler(max_running, backend.device)
         self._scores = Scores()
+        self._grammars = grammars
         self._drafter = drafter
         self._adapters = adapters
         self._clock = clock
@@ -81,11 +84,13 @@ class Runner:
         if self._adapters:
             self._adapters.use(*_slots_and_lengths(plan, drafted))
         drawn = _drawn(plan, drafted, inputs)
+        mask = self._grammars.mask(_sampled(plan))
         stretches = self._scores.stretches(plan)
         keep = torch.cat([drawn, *(stretch.kept(drawn.device) for stretch in stretches)])
         logits = forward(self._module, self._backend, inputs, keep)
         count = len(drawn)
-        tokens, scored, verdicts = self._sample(plan, drafted, inputs, drawn, logits[:count]) if count else ([], {}, [])
+        sampled = self._sample(plan, drafted, inputs, drawn, logits[:count], mask) if count else ([], {}, [])
+        tokens, scored, verdicts = sampled
         prompts = self._score(stretches, logits[count:])
         seconds = self._clock() - begun
         return StepResult(plan.step, tokens, seconds, scored=scored, prompts=prompts, verdicts=verdicts)
@@ -96,6 +101,7 @@ class Runner:
             self._slots.admit(admission)
             self._sampler.assign(admission.slot, admission.sampling)
             self._scores.assign(admission)
+            self._grammars.assign(admission)
             if self._adapters:
                 self._adapters.assign(admission.slot, admission.adapter)
         self._slots.extend((*plan.rows, *plan.verifications))
@@ -108,22 +114,21 @@ class Runner:
         return self._drafter.draft(self._slots, plan.verifications)
 
     def _sample(
-        self, plan: StepPlan, drafted: list[int], inputs: Inputs, drawn: Tensor, logits: Tensor
+        self, plan: StepPlan, drafted: list[int], inputs: Inputs, drawn: Tensor, logits: Tensor, mask: Mask | None
     ) -> tuple[list[int], dict[int, Scored], list[Verdict]]:
         """One token after each of the tokens at ``drawn``, int64 ``[n]``, by these ``[n, V]`` logits; with those the history
         goes on."""
-        slots = plan.decodes + [row.slot for row in plan.rows if row.sample]
+        slots = _sampled(plan)
         plain = len(slots)
         for verification, drafts in zip(plan.verifications, drafted, strict=True):
             slots += [verification.slot] * (1 + drafts)
         rows = self._slots.rows(slots, inputs.positions[drawn] + 1, inputs.batch.max_context_len)
-        tokens = self._sampler.sample(logits, rows)
+        tokens = self._sampler.sample(logits if mask is None else mask.apply(logits), rows)
         self._slots.tokens[rows.index, rows.positions] = tokens.int()
         scored = self._scores.sampled(logits[:plain], slots[:plain], tokens[:plain])
-        if not drafted:
-            return tokens.tolist(), scored, []
-        sampled, computed = torch.stack([tokens, inputs.ids[drawn]]).tolist()
-        return sampled[:plain], scored, self._judge(plan, drafted, sampled[plain:], computed[plain:])
+        sampled, computed = torch.stack([tokens, inputs.ids[drawn]]).tolist() if drafted else (tokens.tolist(), [])
+        told = sampled[:plain] if mask is None else self._grammars.advance(mask, sampled[:plain])
+        return told, scored, self._judge(plan, drafted, sampled[plain:], computed[plain:])
 
     def _score(self, stretches: list[Stretch], logits: Tensor) -> dict[int, list[Scored]]:
         """The logits of all stretches, one after the other."""
@@ -143,6 +148,11 @@ class Runner:
             verdicts.append(verdict)
             start = end
         return verdicts
+
+
+def _sampled(plan: StepPlan) -> list[int]:
+    """The slots that sample one token, in the order in which a result tells of them."""
+    return plan.decodes + [row.slot for row in plan.rows if row.sample]
 
 
 def _slots_and_lengths(plan: StepPlan, drafted: list[int]) -> tuple[list[int], list[int]]:

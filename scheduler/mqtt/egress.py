@@ -7,8 +7,10 @@ from collections import OrderedDict
 from collections.abc import Awaitable
 
 from protocol.errors import ErrorBody, RequestError, ServiceError
+from protocol.plan import NO_TOKEN
 from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Terminal
 from scheduler.admission import Admission
+from scheduler.chat import Chat
 from scheduler.console.activity import Activity
 from scheduler.core.sequence import FinishReason
 from scheduler.deadlines import Deadlines
@@ -18,7 +20,7 @@ from scheduler.loop import Engine, Failure, StepReport
 from scheduler.metrics.series import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.outlook import Outlook
-from scheduler.text import Text
+from scheduler.structure import lost_structure
 from scheduler.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class Egress:
         delivery: Delivery,
         journal: Journal,
         engine: Engine,
-        text: Text,
+        chat: Chat,
         admission: Admission,
         outlook: Outlook,
         metrics: Metrics,
@@ -48,7 +50,7 @@ class Egress:
         self._delivery = delivery
         self._journal = journal
         self._engine = engine
-        self._text = text
+        self._chat = chat
         self._admission = admission
         self._outlook = outlook
         self._metrics = metrics
@@ -83,8 +85,8 @@ class Egress:
             self._close(entry, Expired(entry.request_id, generated, entry.attempt), "expired")
             return
         try:
-            sequence = sequence_for(entry, self._engine.info, self._text.backend)
-            generation = Generation.of(entry, self._text, self._engine.now() - max(time.time() - entry.accepted_at, 0))
+            sequence = sequence_for(entry, self._engine.info, self._chat.backend)
+            generation = Generation.of(entry, self._chat, self._engine.now() - max(time.time() - entry.accepted_at, 0))
             self._engine.submit(sequence)
         except RequestError as error:
             self._admission.release(entry)
@@ -222,7 +224,9 @@ class Egress:
                 generation.score_prompt(first, scored)
         for event in report.events:
             generation = self._generations.get(event.id)
-            if generation is not None:
+            if generation is not None and event.token == NO_TOKEN:
+                self._fail(generation, lost_structure(generation.entry.request))
+            elif generation is not None:
                 self._take_token(generation, report.scored.get(event.id, event.token), event.finish, report.at)
         for failure in report.given_up:
             generation = self._generations.get(failure.id)
@@ -263,7 +267,7 @@ class Egress:
         self._delivery.quarantine(entry, reason, failure.failures)
         self._fail(generation, ServiceError("quarantined", reason))
 
-    def _fail(self, generation: Generation, error: ServiceError) -> None:
+    def _fail(self, generation: Generation, error: RequestError) -> None:
         entry = generation.entry
         self._end(generation, Failed(entry.request_id, error.body, entry.attempt), "error")
 

@@ -14,6 +14,7 @@ from protocol.request import Request, decode_request
 from protocol.topics import TopicError
 from protocol.transport import Incoming, Transport
 from scheduler.admission import Admission
+from scheduler.chat import Chat
 from scheduler.generation import check_adapter, check_fits, seed_for
 from scheduler.journal.entry import Entry, Journal, Listener, Taken, digest
 from scheduler.metrics.series import Metrics
@@ -21,7 +22,7 @@ from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
 from scheduler.mqtt.watch import BrokerWatch
 from scheduler.outlook import Outlook
-from scheduler.text import Text
+from scheduler.structure import check_grammar
 from scheduler.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,8 @@ class Reader:
     """Makes of a message what it means. The tenant is the topic's level, which the broker's ACL ties to the user; nothing in
     a message can claim another. Thread-safe."""
 
-    def __init__(self, text: Text, info: WorkerInfo, *, model: str, max_payload_bytes: int) -> None:
-        self._text = text
+    def __init__(self, chat: Chat, info: WorkerInfo, *, model: str, max_payload_bytes: int) -> None:
+        self._chat = chat
         self._info = info
         self._model = model
         self._max_payload_bytes = max_payload_bytes
@@ -97,7 +98,8 @@ class Reader:
         if address.model != self._model:
             raise BadRequest("model", f"{address.model} is not served here, {self._model} is", "model_not_found")
         request = self._decode(incoming.payload, address.model)
-        prompt = self._text.prompt_tokens(request)
+        check_grammar(request)
+        prompt = self._chat.prompt_tokens(request)
         check_fits(request, prompt, self._info)
         accepted_at = time.time()
         return Entry(

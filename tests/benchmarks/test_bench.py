@@ -16,6 +16,7 @@ from benchmarks.prefix import PrefixFigures
 from benchmarks.speculation import SpeculationFigures
 from benchmarks.workload import load, mixed
 from tests.workers.models import save, servable, tiny
+from tests.workers.test_grammar import EOS, TOKENIZER, VOCAB
 from workers.weights import demo_model
 
 pytestmark = pytest.mark.timeout(240)
@@ -210,3 +211,14 @@ def test_replicas_serve_together_with_workers_that_sleep(served):
     assert len(figures["shares"]) == 2
     assert sum(figures["shares"]) == pytest.approx(1)
     assert min(figures["shares"]) > 0, "both had their part"
+
+
+def test_structured_output_is_of_its_schema_and_its_cost_is_told(tmp_path):
+    folder = save(tiny("llama", vocab_size=VOCAB, eos_token_id=EOS), tmp_path)
+    TOKENIZER.save(str(folder / "tokenizer.json"))
+    figures = bench("structured", "--model", str(folder), "--limit", "12", "--length", "60", "--rounds", "1")
+    assert figures["schemas"] == 12
+    assert figures["refused"] + figures["cut"] + figures["valid"] == 12
+    assert (figures["invalid"], figures["lost"], figures["rows"]) == ([], [], 4)
+    assert figures["valid"]
+    assert min(figures["free_step_s"], figures["structured_step_s"]) > 0

@@ -10,9 +10,11 @@ import msgspec
 import pytest
 
 from protocol import topics
+from protocol.chat import FunctionCall, ToolCall
 from protocol.client import Client, RequestCancelled, RequestExpired, Stream
 from protocol.errors import ErrorBody, RequestError
-from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Status, encode
+from protocol.openai import Usage, answer, piece
+from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Result, Status, Timings, encode
 from protocol.request import Message, Request
 from protocol.topics import TopicError
 from protocol.transport import BrokerAddress, PayloadTooLarge, PublishRefused, Transport, TransportError
@@ -97,6 +99,28 @@ async def test_lost_chunks_come_with_the_result(
     assert [received.seq for received in chunks] == list(range(len(chunks)))
     assert chunks[-1].data.choices[0].finish_reason == "stop"
     assert type(chunks[-1].data) is type(chunk("", 0, "", chat=request_body.is_chat).data)
+
+
+@pytest.mark.parametrize("arriving", [0, 1, 2])
+async def test_lost_tool_calls_come_with_the_result(serve: Serve, client: Client, arriving: int) -> None:
+    calls = [ToolCall(f"c{number}", FunctionCall("look", "{}")) for number in range(2)]
+    common = {"chat": True, "created": 1, "model": "m", "text": ""}
+
+    async def lossy(call: Call) -> None:
+        await call.accept()
+        for number in range(arriving):
+            data = piece(
+                request_id=call.id, reason=None, first=not number, calls=[calls[number]], calls_before=number, **common
+            )
+            await call.say(Chunk(call.id, number, data))
+        whole = answer(request_id=call.id, reason="tool_calls", usage=Usage(1, 2, 3), calls=calls, **common)
+        await call.say(Result(call.id, whole, Timings(0.0, 0.1, 0.2), 3))
+
+    serve(lossy)
+    stream = client.stream(CHAT, model="m")
+    heard = [delta for received in await read(stream) for delta in received.calls]
+    assert [(delta.index, delta.id) for delta in heard] == [(0, "c0"), (1, "c1")]
+    assert (stream.result.calls, stream.result.finish_reason) == (calls, "tool_calls")
 
 
 async def test_repeated_chunks_are_dropped(serve: Serve, client: Client) -> None:

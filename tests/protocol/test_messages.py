@@ -8,6 +8,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from protocol import openai, plan, replies
+from protocol.chat import FunctionCall, ToolCall
 from protocol.errors import BadRequest
 from protocol.openai import PromptLogprob, TokenLogprob, TokenLogprobs, TopLogprob, Usage
 from protocol.request import Message, Request, decode_request, encode_request
@@ -22,6 +23,22 @@ def test_an_openai_body_is_taken_as_it_is():
     assert [message.text for message in request.messages] == ["Be brief.", "Hello"]
     assert (request.output_limit, request.stop_strings, request.stream) == (5, ("x",), True)
     assert decode_request(encode_request(request)) == request
+
+
+def call(arguments: bytes) -> bytes:
+    return b'{"id": "1", "function": {"name": "f", "arguments": "' + arguments + b'"}}'
+
+
+ABBREVIATIONS = {
+    b"[DEEP]": b"[" + call(b'{\\"a\\":' * 64 + b"1" + b"}" * 64) + b"]",
+    b"[CALL]": b"[" + call(b"{}") + b"]",
+    b"[BROKEN]": b"[" + call(b"{") + b"]",
+    b"[LIST]": b"[" + call(b"[]") + b"]",
+    b"DEEP": b'{"a":' * 64 + b"1" + b"}" * 64,
+    b"TOOL": b'{"type": "function", "function": {"name": "f"}}',
+    b"HUGE": b"0" * 20,
+    b"BIG": b"x" * 32769,
+}
 
 
 @pytest.mark.parametrize(
@@ -84,9 +101,64 @@ def test_an_openai_body_is_taken_as_it_is():
         (b"[" * 100_000, "body", "object"),
         (b'{"metadata": {"a": ' + b'{"a":' * 100_000, "metadata[...]", "str"),
         (b'{"unknown": ' + b"[" * 100_000, "body", "unknown field"),
+        *(
+            (b'{"messages": [{"role": "user", "content": "a"}, ' + message + b"]}", f"messages[1]{field}", says)
+            for message, field, says in (
+                (b'{"role": "user", "content": "a", "tool_calls": [CALL]}', ".tool_calls", "only an assistant"),
+                (b'{"role": "assistant", "tool_calls": []}', ".tool_calls", "length >= 1"),
+                (b'{"role": "tool", "content": "a"}', ".tool_call_id", "required"),
+                (b'{"role": "user", "content": "a", "tool_call_id": "1"}', ".tool_call_id", "no other role"),
+                (b'{"role": "assistant", "tool_calls": [BROKEN]}', ".tool_calls[0].function.arguments", "JSON object"),
+                (b'{"role": "assistant", "tool_calls": [DEEP]}', ".tool_calls[0].function.arguments", "64 deep"),
+                (b'{"role": "assistant", "tool_calls": [LIST]}', ".tool_calls[0].function.arguments", "JSON object"),
+            )
+        ),
+        *(
+            (b'{"messages": [{"role": "user", "content": "a"}], ' + fields + b"}", field, says)
+            for fields, field, says in (
+                (b'"tools": []', "tools", "length >= 1"),
+                (b'"tools": [TOOL, TOOL]', "tools[1].function.name", "another"),
+                (b'"tools": [{"type": "function", "function": {"name": "a b"}}]', "tools[0].function.name", "matching"),
+                (
+                    b'"tools": [{"function": {"name": "f", "parameters": DEEP}}]',
+                    "tools[0].function.parameters",
+                    "64 deep",
+                ),
+                (
+                    b'"tools": [{"function": {"name": "f", "parameters": {"a": 1HUGE}}}]',
+                    "tools[0].function.parameters",
+                    "64 bits",
+                ),
+                (b'"tool_choice": "required"', "tool_choice", "needs tools"),
+                (b'"tools": [TOOL], "tool_choice": {"function": {"name": "g"}}', "tool_choice.function.name", "among"),
+                (b'"continue_final_message": true', "add_generation_prompt", "must be false"),
+                (b'"response_format": {"type": "xml"}', "response_format.type", "xml"),
+                (b'"response_format": {"type": "json_schema"}', "response_format", "json_schema"),
+                (b'"structured_outputs": {}', "structured_outputs", "exactly one"),
+                (b'"structured_outputs": {"regex": "a", "choice": ["a"]}', "structured_outputs", "exactly one"),
+                (b'"structured_outputs": {"regex": ""}', "structured_outputs.regex", "length >= 1"),
+                (b'"structured_outputs": {"choice": []}', "structured_outputs.choice", "length >= 1"),
+                (b'"structured_outputs": {"choice": ["BIG"]}', "structured_outputs.choice", "32768"),
+                (b'"structured_outputs": {"json": {"title": "BIG"}}', "structured_outputs.json", "32768"),
+                (b'"structured_outputs": {"json": DEEP}', "structured_outputs.json", "64 deep"),
+                (b'"structured_outputs": {"json": {"maximum": 1HUGE}}', "structured_outputs.json", "64 bits"),
+                (b'"structured_outputs": {"json": ' + b'{"a":' * 100_000, "body", "recursion"),
+                (b'"structured_outputs": {"regex": "a"}, "ignore_eos": true', "ignore_eos", "ends where"),
+                (b'"response_format": {"type": "json_object"}, "tools": [TOOL]', "response_format", "beside tools"),
+                (
+                    b'"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}',
+                    "structured_outputs",
+                    "either",
+                ),
+            )
+        ),
+        (b'{"prompt": "a", "tools": [TOOL]}', "tools", "needs messages"),
+        (b'{"prompt": "a", "continue_final_message": true}', "continue_final_message", "needs messages"),
     ],
 )
 def test_bad_bodies_name_the_field_and_the_limit(body, field, says):
+    for name, text in ABBREVIATIONS.items():
+        body = body.replace(name, text)
     with pytest.raises(BadRequest) as caught:
         decode_request(body)
     assert caught.value.body.param == field
@@ -102,7 +174,22 @@ def test_no_bytes_do_anything_but_decode_or_be_refused(body):
         assert error.body.param
 
 
+def test_a_chat_with_tools_is_taken_as_it_is():
+    request = decode_request(
+        b'{"messages": [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": null, "tool_calls":'
+        b' [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{\\"city\\": \\"Paris\\"}"}}]},'
+        b' {"role": "tool", "tool_call_id": "c1", "content": "Rain"}], "tools": [{"type": "function", "function":'
+        b' {"name": "weather", "description": "d", "parameters": {"type": "object"}, "strict": true}}],'
+        b' "tool_choice": {"type": "function", "function": {"name": "weather"}}, "parallel_tool_calls": false}'
+    )
+    assert request.messages[1].tool_calls[0].function.decoded() == {"city": "Paris"}
+    assert (request.must_call, request.is_constrained) == (True, True)
+    assert decode_request(encode_request(request)) == request
+    assert not msgspec.structs.replace(request, tool_choice="none").offered_tools
+
+
 USAGE = Usage(3, 5, 8)
+CALLS = [ToolCall("c12345678", FunctionCall("weather", "{}"))]
 
 
 def test_openai_models_parse_every_kind_of_answer():
@@ -111,12 +198,16 @@ def test_openai_models_parse_every_kind_of_answer():
     text = openai.answer(chat=False, reason="length", usage=USAGE, **common)
     chat_piece = openai.piece(chat=True, reason=None, first=True, **common)
     last_piece = openai.piece(chat=True, reason="stop", first=False, **common)
+    calling = openai.answer(chat=True, reason="tool_calls", usage=USAGE, **{**common, "text": ""}, calls=CALLS)
+    calling_piece = openai.piece(chat=True, reason=None, first=False, **common, calls=CALLS, calls_before=1)
     text_piece = openai.piece(chat=False, reason=None, first=True, **common)
     for model, body in (
         (ChatCompletion, chat),
         (Completion, text),
         (ChatCompletionChunk, chat_piece),
         (ChatCompletionChunk, last_piece),
+        (ChatCompletion, calling),
+        (ChatCompletionChunk, calling_piece),
     ):
         parsed = model.model_validate_json(msgspec.json.encode(body), strict=True)
         assert parsed.id.endswith("r1")
@@ -125,6 +216,11 @@ def test_openai_models_parse_every_kind_of_answer():
     assert ChatCompletion.model_validate_json(msgspec.json.encode(chat)).choices[0].message.content == "hi"
     assert ChatCompletion.model_validate_json(msgspec.json.encode(chat)).usage.total_tokens == 8
     assert ChatCompletionChunk.model_validate_json(msgspec.json.encode(chat_piece)).choices[0].delta.role == "assistant"
+    choice = ChatCompletion.model_validate_json(msgspec.json.encode(calling)).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    assert choice.message.tool_calls[0].function.name == "weather"
+    delta = ChatCompletionChunk.model_validate_json(msgspec.json.encode(calling_piece)).choices[0].delta
+    assert (delta.tool_calls[0].index, delta.tool_calls[0].id) == (1, "c12345678")
 
 
 LOGPROBS = TokenLogprobs(

@@ -11,11 +11,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from protocol import replies
+from protocol.chat import Function, Message, Tool
+from protocol.errors import BadRequest
 from protocol.openai import PromptLogprob
-from protocol.plan import Scored, WorkerInfo
-from protocol.request import Message, Request
+from protocol.plan import NO_TOKEN, Scored, WorkerInfo
+from protocol.request import Request
+from protocol.structure import StructuredOutputs
 from scheduler.generation import Generation, sequence_for
 from scheduler.journal.entry import Entry, Listener, Token
+from scheduler.structure import grammar_for
+from scheduler.tools import FORMATS, ToolParser
 from tests.scheduler.test_text import any_text, byte_tokenizer
 from workers.weights import demo_model
 
@@ -33,11 +38,16 @@ INFO = WorkerInfo(
 )
 NOWHEN = replies.Timings(0.0, 0.0, 0.0)
 TEXT = "ab 🚌é\n"
+CALL = '<tool_call>{"name": "wave", "arguments": {"to": "é"}}</tool_call>'
 
 
 @cache
 def tokenizer(name: str) -> Tokenizer:
     return byte_tokenizer() if name == "bytes" else Tokenizer.from_file(str(demo_model() / "tokenizer.json"))
+
+
+def tool_parser(request: Request, id: str) -> ToolParser | None:
+    return ToolParser(FORMATS["hermes"], ["wave"], id) if request.tools else None
 
 
 class Process:
@@ -49,7 +59,7 @@ class Process:
         self.journal = journal
         self.chunks: list[bytes] = []
         self.final: bytes | None = None
-        self.generation = Generation.of(entry, SimpleNamespace(backend=backend), 0.0)
+        self.generation = Generation.of(entry, SimpleNamespace(backend=backend, tool_parser=tool_parser), 0.0)
         self.rebuilt = self.state()
         self.at_last_cut = self.rebuilt
 
@@ -83,7 +93,9 @@ def stories(draw, backend: Tokenizer) -> dict:
     tokens = draw(
         st.lists(
             st.one_of(
-                st.text(TEXT, min_size=1, max_size=8).map(lambda text: backend.encode(text).ids),
+                st.one_of(st.text(TEXT, min_size=1, max_size=8), st.sampled_from([CALL, CALL[:-3]])).map(
+                    lambda text: backend.encode(text).ids
+                ),
                 st.lists(ids, min_size=1, max_size=3),
             ),
             min_size=1,
@@ -99,6 +111,7 @@ def stories(draw, backend: Tokenizer) -> dict:
     request = Request(
         messages=[Message("user", "Hello")] if chat else None,
         prompt=None if chat else prompt,
+        tools=[Tool(Function("wave"))] if chat and draw(st.booleans()) else None,
         stop=stop,
         min_tokens=draw(st.sampled_from([0, 0, 3])),
         include_stop_str_in_output=draw(st.booleans()),
@@ -150,6 +163,25 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, data):
     assert process.final == never.final
 
 
+def test_a_generation_that_calls_tools_says_so():
+    request = Request(messages=[Message("user", "Hi")], tools=[Tool(Function("wave"))], stream=True)
+    entry = Entry(id="alice/a", model="tiny", request=request, prompt=[1], seed=1, accepted_at=1e9, listeners=[])
+    tokens = byte_tokenizer().encode(f"One moment. {CALL}").ids
+    process = Process(entry, byte_tokenizer(), [])
+    process.run([*tokens, 0], [True] * (len(tokens) + 1), "stop", until=len(tokens) + 1)
+    result = process.generation.result("stop", 0.0)
+    chunks = [
+        *(process.generation.chunk(n) for n in range(len(process.journal))),
+        process.generation.last_chunk("stop"),
+    ]
+    assert (result.text, result.finish_reason) == ("One moment.", "tool_calls")
+    assert [(call.function.name, call.function.arguments) for call in result.calls] == [("wave", '{"to": "\\u00e9"}')]
+    assert "".join(chunk.text for chunk in chunks) == result.text
+    streamed = [(call.index, call.id) for chunk in chunks for call in chunk.calls]
+    assert streamed == [(0, result.calls[0].id)]
+    assert all(chunk.text or chunk.calls for chunk in chunks[:-1]), "a piece that says nothing isn't published"
+
+
 @given(data=st.data())
 @settings(deadline=None)
 def test_other_cuts_after_a_death_change_pieces_and_no_text(data):
@@ -173,7 +205,7 @@ def test_other_cuts_after_a_death_change_pieces_and_no_text(data):
 def answer_of(request: Request, ids: list[int], cuts: list[bool], ends: str = "length") -> tuple[list, replies.Result]:
     """What a request whose generation comes up with these tokens is sent: chunks and result."""
     entry = Entry(id="a/a", model="m", request=request, prompt=[70], seed=1, accepted_at=0.0, listeners=[])
-    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer()), 0.0)
+    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=lambda *_: None), 0.0)
     chunks = []
     for number, token in enumerate(ids):
         scored = token if request.logprobs is None else Scored(token, -float(number), 1, [])
@@ -244,7 +276,7 @@ def test_a_prompt_s_scores_come_with_the_result_however_often_they_were_computed
         listeners=[],
     )
     _, first, second, last = entry.prompt
-    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer()), 0.0)
+    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=lambda *_: None), 0.0)
     generation.score_prompt(1, [Scored(first, -1.0, 3, [(last, -0.5)]), Scored(second, -2.0, 1, [(second, -2.0)])])
     generation.score_prompt(2, [Scored(second, -2.0, 1, [(second, -2.0)]), Scored(last, -3.0, 9, [(first, -0.1)])])
     generation.push(last, 0.0, "length")
@@ -273,3 +305,16 @@ def test_the_batcher_goes_on_after_the_journalled_tokens():
     assert sequence.sampling.seed == 5
     assert (sequence.priority, sequence.deadline) == (-3, 2e9)
     assert sequence_for(msgspec.structs.replace(entry, expires_at=None), INFO, byte_tokenizer()).deadline == math.inf
+
+
+def test_a_structure_goes_with_its_sequence_to_any_model_that_can_end():
+    request = Request(prompt=[1, 2], structured_outputs=StructuredOutputs(regex="a+"), stop_token_ids=[7])
+    entry = Entry(
+        id="alice/a", model="tiny", request=request, prompt=[1, 2], seed=5, accepted_at=0.0, listeners=[], records=[[9]]
+    )
+    sequence = sequence_for(entry, msgspec.structs.replace(INFO, eos_ids=[3]), byte_tokenizer())
+    assert sequence.sampling.grammar == grammar_for(request)
+    assert sequence.stop_ids == {3, 7, NO_TOKEN}
+    with pytest.raises(BadRequest, match="no token that ends") as caught:
+        sequence_for(entry, INFO, byte_tokenizer())
+    assert caught.value.body.param == "structured_outputs"

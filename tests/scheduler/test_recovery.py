@@ -139,13 +139,13 @@ class Process:
         self.admission = Admission(Bounds(100, 10_000, lambda _: Quota(100)), self.engine.now)
         self.metrics = Metrics()
         self.delivery = Delivery(self.broker, self.journal, group, self.metrics)
-        text = SimpleNamespace(backend=TOKENIZER)
+        chat = SimpleNamespace(backend=TOKENIZER, tool_parser=lambda *_: None)
         self.outlook = Outlook(8, lambda _: 1.0)
         self.egress = Egress(
             self.delivery,
             self.journal,
             self.engine,
-            text,
+            chat,
             self.admission,
             self.outlook,
             self.metrics,

@@ -19,6 +19,7 @@ from scheduler.core.speculation import Speculation
 from workers.attention import choose
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
+from workers.grammar import Grammars
 from workers.lora import Adapters
 from workers.model import Model, adopt
 from workers.packing import pack
@@ -41,6 +42,7 @@ class LocalEngine:
         longest: int = 128,
         policy: PolicyName = "fair",
         prefix_cache: bool = False,
+        tokenizer: Path = Path(),
         draft: str | PreTrainedModel | None = None,
         max_draft: int = 5,
         cheap: int = 64,
@@ -67,6 +69,7 @@ class LocalEngine:
         self.runner = Runner(
             model.module,
             backend(model),
+            grammars=Grammars(tokenizer, model.vocab_size, model.eos_ids),
             max_running=running,
             max_model_len=longest,
             adapters=loaded,

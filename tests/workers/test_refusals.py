@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scheduler.text import Text
+from scheduler.chat import Chat
 from tests.workers.models import REFUSED, SERVED, save, tiny
 from workers import selftest
 from workers.attention import choose
@@ -105,5 +105,5 @@ def test_code_beside_the_weights_is_never_run(tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code"):
         load(str(tmp_path), "float32", "cpu")
     with pytest.raises(ValueError, match="tokenizer"):
-        Text(str(tmp_path))
+        Chat(str(tmp_path))
     assert not proof.exists()

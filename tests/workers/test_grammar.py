@@ -1,0 +1,191 @@
+"""Structured output from a real step: what is sampled follows its grammar, beside rows without one, after a preemption too."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+from tokenizers import AddedToken
+
+from benchmarks.structured import read_schemas
+from protocol.chat import Function, FunctionChoice, Message, NamedTool, Tool
+from protocol.errors import BadRequest
+from protocol.plan import NO_TOKEN, Sampling
+from protocol.request import Request
+from protocol.structure import StructuredOutputs
+from scheduler.structure import check_grammar, grammar_for
+from scheduler.tools import FORCED, ToolParser
+from tests.scheduler.test_text import byte_tokenizer
+from tests.workers.engine import LocalEngine
+from tests.workers.models import tiny
+
+TOKENIZER = byte_tokenizer()
+TOKENIZER.add_special_tokens([AddedToken("<eos>", special=True), AddedToken("<pad>", special=True)])
+EOS = TOKENIZER.token_to_id("<eos>")
+VOCAB = TOKENIZER.get_vocab_size()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    TOKENIZER.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def engine(folder: Path, **sizes) -> LocalEngine:
+    model = tiny("llama", vocab_size=VOCAB, max_position_embeddings=1024)
+    model.generation_config.eos_token_id = EOS
+    return LocalEngine(model, tokenizer=folder, **{"longest": 256, "blocks": 1024, **sizes})
+
+
+def grammar(**outputs) -> str:
+    request = Request(prompt="a", structured_outputs=StructuredOutputs(**outputs))
+    check_grammar(request)
+    return grammar_for(request)
+
+
+def submit(engine: LocalEngine, id: str, grammar: str | None, length: int = 200, seed: int = 0) -> None:
+    sampling = Sampling(temperature=1.0, seed=seed, grammar=grammar)
+    engine.submit(id, [1, 2, 3], length, sampling, stop=frozenset({EOS, NO_TOKEN}))
+
+
+def text(tokens: list[int]) -> str:
+    assert tokens[-1] == EOS
+    return TOKENIZER.decode(tokens[:-1], skip_special_tokens=False)
+
+
+def test_every_schema_of_the_collection_is_followed_or_refused(folder):
+    """Whatever a random model would rather write, a finished text is JSON of its schema."""
+    served, refused = {}, 0
+    for number, schema in enumerate(read_schemas()):
+        try:
+            served[str(number)] = schema, grammar(json=schema)
+        except BadRequest as error:
+            assert error.body.param == "structured_outputs"
+            refused += 1
+    assert len(served) >= 200
+    assert refused
+    local = engine(folder, running=32, budget=64)
+    for number, (_, text_of_grammar) in served.items():
+        submit(local, number, text_of_grammar, length=120, seed=int(number))
+    finished = 0
+    for number, tokens in local.finish().items():
+        assert NO_TOKEN not in tokens, served[number]
+        if tokens[-1] == EOS:
+            finished += 1
+            jsonschema.validate(json.loads(text(tokens)), served[number][0])
+    assert finished > len(served) / 2
+
+
+def test_regex_choice_and_grammar(folder):
+    local = engine(folder)
+    submit(local, "regex", grammar(regex="[0-9]{3}-[ab]+c"))
+    submit(local, "choice", grammar(choice=["yes", 'no "thanks"', "🚌"]))
+    submit(local, "grammar", grammar(grammar='start: "(" start ")" | "x"'))
+    outputs = local.finish()
+    head, _, tail = text(outputs["regex"]).partition("-")
+    assert head.isdigit()
+    assert set(tail) <= set("abc")
+    assert text(outputs["choice"]) in ("yes", 'no "thanks"', "🚌")
+    nested = text(outputs["grammar"])
+    assert nested == "(" * nested.count("(") + "x" + ")" * nested.count("(")
+
+
+WEATHER = Function(
+    "weather",
+    parameters={
+        "properties": {"city": {"$ref": "#/$defs/city"}},
+        "required": ["city"],
+        "additionalProperties": False,
+        "$defs": {"city": {"enum": ["Paris", "Rome"]}},
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "names"),
+    [
+        ("required", True, {"weather", "time"}),
+        ("required", False, {"weather", "time"}),
+        (NamedTool(FunctionChoice("weather")), True, {"weather"}),
+    ],
+)
+def test_a_call_that_is_forced_is_a_call_of_its_schema(folder, choice, parallel, names):
+    request = Request(
+        messages=[Message("user", "Hi")],
+        tools=[Tool(WEATHER), Tool(Function("time"))],
+        tool_choice=choice,
+        parallel_tool_calls=parallel,
+    )
+    check_grammar(request)
+    local = engine(folder)
+    for seed in range(8):
+        submit(local, str(seed), grammar_for(request), seed=seed)
+    numbers = set()
+    for tokens in local.finish().values():
+        said = ToolParser(FORCED, ["weather", "time"], "a/b").parse(text(tokens), complete=True)
+        assert said.content == ""
+        numbers.add(len(said.calls))
+        for call in said.calls:
+            assert call.function.name in names
+            assert (call.function.name == "time") == (call.function.decoded() == {})
+            if call.function.name == "weather":
+                jsonschema.validate(call.function.decoded(), WEATHER.parameters)
+    assert (numbers == {1}) == (not parallel or names == {"weather"})
+
+
+def test_rows_without_a_grammar_are_not_touched(folder):
+    alone, beside = engine(folder), engine(folder)
+    submit(alone, "free", None, length=30)
+    submit(beside, "free", None, length=30)
+    submit(beside, "bound", grammar(regex="a{40}"))
+    assert alone.finish()["free"] == beside.finish()["free"]
+    assert text(beside.outputs["bound"]) == "a" * 40
+
+
+def test_a_slot_forgets_the_grammar_of_its_last_sequence(folder):
+    local = engine(folder, running=1)
+    submit(local, "bound", grammar(regex="a{3}"))
+    submit(local, "free", None, length=30)
+    assert set(local.finish()["free"]) != {TOKENIZER.encode("a").ids[0]}
+
+
+def test_after_a_preemption_the_grammar_goes_on_where_the_output_is(folder):
+    schema = {"type": "array", "items": {"enum": ["one", "two", "three"]}, "minItems": 6, "maxItems": 8}
+    roomy, tight = engine(folder), engine(folder, blocks=14, longest=100)
+    for local in (roomy, tight):
+        for number in range(6):
+            submit(local, str(number), grammar(json=schema), length=90, seed=number)
+    assert tight.finish() == roomy.finish()
+    assert tight.batcher.counters.preemptions > 0
+    assert roomy.batcher.counters.preemptions == 0
+    for tokens in tight.outputs.values():
+        jsonschema.validate(json.loads(text(tokens)), schema)
+
+
+#: One token of it is too many Earley items.
+COMPLEX = "start: a0\n" + "".join(f"a{n}: a{n + 1} a{n + 1}\n" for n in range(1900)) + 'a1900: "x"'
+
+
+@pytest.mark.parametrize("lark", ['start: "a" <|nobody_knows_this|>', COMPLEX], ids=["unknown token", "too complex"])
+def test_a_grammar_that_this_model_can_not_follow_ends_its_own_sequence_alone(folder, lark):
+    local = engine(folder)
+    submit(local, "lost", grammar(grammar=lark))
+    submit(local, "bound", grammar(regex="a{5}"))
+    outputs = local.finish()
+    assert outputs["lost"][-1] == NO_TOKEN
+    assert text(outputs["bound"]) == "aaaaa"
+
+
+def test_tokens_planned_ahead_of_an_end_do_no_harm(folder):
+    """The step after the end token is on its way before anybody knows of the end."""
+    local = engine(folder)
+    submit(local, "bound", grammar(regex="ab"))
+    plans = [local.batcher.plan(), local.batcher.plan()]
+    while plans[0] is not None:
+        result = local.runner.step(plans.pop(0))
+        for event in local.batcher.apply(result.step, result.tokens):
+            local.outputs[event.id].append(event.token)
+        plans.append(local.batcher.plan() if plans[0] is not None else None)
+    assert text(local.outputs["bound"]) == "ab"
+    assert local.batcher.counters.late_tokens == 1

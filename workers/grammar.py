@@ -1,0 +1,119 @@
+"""Structured output: which tokens the grammar of each slot allows next, found on the host while the forward pass runs.
+
+llguidance follows the grammars. It builds its automata as a text goes on, so compiling takes milliseconds and a step of it is
+bounded by its limits. All of that happens in one thread of our own, which lets go of the interpreter's lock.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import llguidance.numpy
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from torch import Tensor
+
+from protocol.plan import NO_TOKEN, Admission
+
+#: A quarter of llguidance's own limits on a step, some milliseconds of work: whoever shares the batch waits for it. A state takes
+#: 1 to 2 KB, so a compiled grammar at most some 40 MB.
+_LIMITS = LLParserLimits(step_lexer_fuel=50_000, step_max_items=12_500, max_lexer_states=20_000, verbose_errors=False)
+#: Compiled grammars that are kept; each takes memory as it is used.
+_MOST_COMPILED = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """``tokens``: bool ``[rows, V]``. ``lost``: which of the rows can be followed no further; they allow anything."""
+
+    tokens: np.ndarray
+    lost: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """What is allowed in ``rows`` of a step's logits; those of ``slots`` that have a grammar."""
+
+    rows: list[int]
+    slots: list[int]
+    allowed: Future[Allowed]
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Logits ``[n, V]`` with -inf for what isn't allowed; those that were given stay, for scores are the model's own."""
+        allowed = torch.from_numpy(self.allowed.result().tokens).to(logits.device, non_blocking=True)
+        masked = logits.clone()
+        masked[self.rows] = logits[self.rows].masked_fill(~allowed, -torch.inf)
+        return masked
+
+
+class Grammars:
+    """The grammars of the slots that have one, and how far each has got.
+
+    ``path`` holds tokenizer.json, which is read when the first grammar comes. Costs nothing where no slot has a grammar.
+    """
+
+    def __init__(self, path: Path, vocab_size: int, eos_ids: list[int]) -> None:
+        self._path = path
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._matchers: dict[int, Future[LLMatcher]] = {}
+        self._sampled: list[tuple[LLMatcher, int]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compile = lru_cache(_MOST_COMPILED)(self._compile_anew)
+        self._tokenizer: LLTokenizer | None = None
+
+    def assign(self, admission: Admission) -> None:
+        """From now on the slot follows the admission's grammar, from where its output is, or none."""
+        self._matchers.pop(admission.slot, None)
+        grammar = admission.sampling.grammar
+        if grammar is not None:
+            output = admission.tokens[admission.prompt_len :]
+            self._matchers[admission.slot] = self._thread.submit(self._match, grammar, output)
+
+    def mask(self, slots: list[int]) -> Mask | None:
+        """Begin to find what is allowed next in these slots; None when none of them has a grammar."""
+        rows = [row for row, slot in enumerate(slots) if slot in self._matchers] if self._matchers else []
+        if not rows:
+            return None
+        of_rows = [slots[row] for row in rows]
+        matchers = [self._matchers[slot] for slot in of_rows]
+        return Mask(rows, of_rows, self._thread.submit(self._allowed, matchers))
+
+    def advance(self, mask: Mask, tokens: list[int]) -> list[int]:
+        """Follow what was sampled under a mask; returns it with `NO_TOKEN` where there was nothing to follow, or where everything
+        that was allowed was a bad word."""
+        told = tokens.copy()
+        allowed = mask.allowed.result()
+        for number, (row, slot) in enumerate(zip(mask.rows, mask.slots, strict=True)):
+            if allowed.lost[number] or not allowed.tokens[number, tokens[row]]:
+                told[row] = NO_TOKEN
+            else:
+                self._sampled.append((self._matchers[slot].result(), tokens[row]))
+        return told
+
+    def _match(self, grammar: str, output: list[int]) -> LLMatcher:
+        matcher = self._compile(grammar).deep_copy()
+        matcher.consume_tokens(output)
+        return matcher
+
+    def _compile_anew(self, grammar: str) -> LLMatcher:
+        if self._tokenizer is None:
+            text = (self._path / "tokenizer.json").read_text()
+            self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_ids)
+        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+
+    def _allowed(self, matchers: list[Future[LLMatcher]]) -> Allowed:
+        sampled, self._sampled = self._sampled, []
+        for matcher, token in sampled:
+            matcher.consume_token(token)
+        bits = llguidance.numpy.allocate_token_bitmask(len(matchers), self._vocab_size)
+        lost = np.zeros(len(matchers), dtype=np.bool_)
+        for row, future in enumerate(matchers):
+            matcher = future.result()
+            llguidance.numpy.fill_next_token_bitmask(matcher, bits, row)
+            lost[row] = matcher.is_error()
+        bits[lost] = -1
+        tokens = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little", count=self._vocab_size)
+        return Allowed(tokens.view(np.bool_), lost)
