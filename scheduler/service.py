@@ -3,18 +3,15 @@
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from platformdirs import user_state_path
-
 from protocol import replies, topics
-from protocol.errors import BadRequest, ServiceError
-from protocol.transport import BrokerAddress, Transport, Will
-from scheduler.admission import Admission, Bounds
+from protocol.errors import ServiceError
+from protocol.transport import BrokerAddress, Transport
+from scheduler.admission import Admission
 from scheduler.chat import Chat, preload
-from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
+from scheduler.config import EMBEDDED, Config
 from scheduler.console.activity import Activity
 from scheduler.console.server import PREFIX, console_for
 from scheduler.core import policies
@@ -22,20 +19,26 @@ from scheduler.fleet import Fleet
 from scheduler.generation import sequence_for
 from scheduler.http import HttpServer, tls_context
 from scheduler.journal.entry import Entry, Journal
-from scheduler.journal.memory import MemoryJournal
 from scheduler.journal.postgres import PostgresJournal
-from scheduler.journal.sqlite import SqliteJournal
-from scheduler.loop import Engine, Patience
+from scheduler.loop import Engine
 from scheduler.metrics.fairness import FairnessCollector
 from scheduler.metrics.series import Metrics
-from scheduler.mqtt.broker import EmbeddedBroker
 from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
-from scheduler.mqtt.ingress import SUBSCRIPTIONS, Ingress, Reader
+from scheduler.mqtt.ingress import Ingress, Reader
 from scheduler.mqtt.watch import BrokerWatch
 from scheduler.outlook import Outlook
+from scheduler.parts import (
+    bounds_of,
+    broker_for,
+    chat_for,
+    data_dir_of,
+    journal_for,
+    patience_of,
+    share_prefixes,
+    transport_for,
+)
 from scheduler.recovery import Recovery
-from scheduler.tools import FormatName
 from scheduler.tracing import tracing
 from scheduler.turns import Turns
 
@@ -104,7 +107,7 @@ class Service:
         for setting in new.differences(config):
             logger.warning("%s was changed: that needs a restart", setting)
         self.config = new
-        self.admission.rebound(_bounds(new))
+        self.admission.rebound(bounds_of(new))
         self.engine.batcher.queue.reweigh(new.weights())
         self.metrics.take_tenants(new.tiers())
         logger.info("tenants and limits were reloaded", extra={"tenants": len(new.tenants)})
@@ -154,9 +157,9 @@ async def running(config: Config) -> AsyncIterator[Service]:
     Raises ConfigError, WorkerRefused, WorkerDied, JournalError, BrokerNotFound, BrokerFailed, TransportError or OSError
     when it can't start, and JournalError when it can't go on.
     """
-    data_dir = _data_dir(config)
+    data_dir = data_dir_of(config)
     async with contextlib.AsyncExitStack() as stack:
-        broker_url = await _broker(config, data_dir, stack)
+        broker_url = await broker_for(config, data_dir, stack)
         service = await _start(config, data_dir, broker_url, stack)
         stack.push_async_callback(service.say_goodbye)
         async with _looping(service):
@@ -170,7 +173,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     target_ms = config.engine.itl_target_ms
     engine = Engine(
         config.worker(),
-        _patience(config),
+        patience_of(config),
         policy,
         prefix_cache=config.engine.prefix_cache,
         speculation=config.speculation(),
@@ -189,14 +192,14 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     )
     await stack.enter_async_context(http)
     await asyncio.gather(stack.enter_async_context(engine), asyncio.to_thread(preload))
-    chat = await _chat(engine.info.model_path, config.model.tool_parser)
-    _share_prefixes(config.engine.shared_prefixes, chat, engine)
-    journal = await stack.enter_async_context(_journal(config, data_dir))
-    transport = await stack.enter_async_context(_transport(config, data_dir, broker_url))
+    chat = await chat_for(engine.info.model_path, config.model.tool_parser)
+    share_prefixes(config.engine.shared_prefixes, chat, engine)
+    journal = await stack.enter_async_context(journal_for(config, data_dir))
+    transport = await stack.enter_async_context(transport_for(config, data_dir, broker_url))
     spans = await stack.enter_async_context(tracing(config.tracing, config.service.replica, engine.now))
     # Replies outlive the loops: should one of those fail for good, what has ended still reaches its tenant.
     tasks = await stack.enter_async_context(asyncio.TaskGroup())
-    admission = Admission(_bounds(config), engine.now)
+    admission = Admission(bounds_of(config), engine.now)
     delivery = Delivery(transport, journal, tasks, metrics)
     outlook = Outlook(config.engine.max_running, engine.batcher.queue.weight)
     activity = Activity(engine, config.model.alias)
@@ -296,47 +299,6 @@ async def _take_in(service: Service) -> None:
     await service.ingress.run()
 
 
-def _bounds(config: Config) -> Bounds:
-    return Bounds(config.limits.outstanding, config.limits.prompt_tokens, config.quota)
-
-
-def _patience(config: Config) -> Patience:
-    engine = config.engine
-    return Patience(engine.step_timeout_s, engine.heartbeat_s, engine.attempts)
-
-
-def _data_dir(config: Config) -> Path:
-    """Where what outlives this process is kept."""
-    if config.broker.data_dir is not None:
-        data_dir = Path(config.broker.data_dir)
-    else:
-        data_dir = user_state_path("tokenbus") / config.service.replica
-    data_dir.mkdir(parents=True, exist_ok=True)
-    return data_dir
-
-
-async def _broker(config: Config, data_dir: Path, stack: contextlib.AsyncExitStack) -> str:
-    if config.broker.url != EMBEDDED:
-        return config.broker.url
-    broker = await stack.enter_async_context(EmbeddedBroker(data_dir=data_dir, port=config.broker.port))
-    return broker.url
-
-
-async def _chat(path: str, tool_parser: FormatName | None) -> Chat:
-    try:
-        return await asyncio.to_thread(Chat, path, tool_parser)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: no tokenizer that we can use: {error}") from None
-
-
-def _share_prefixes(systems: list[str], chat: Chat, engine: Engine) -> None:
-    try:
-        for system in systems:
-            engine.batcher.pool.share(chat.system_tokens(system))
-    except BadRequest as error:
-        raise ConfigError(f"engine.shared_prefixes: {error}") from None
-
-
 def _turns(
     journal: Journal, engine: Engine, egress: Egress, chat: Chat, max_running: int
 ) -> tuple[Turns, Callable[[], float]]:
@@ -351,61 +313,3 @@ def _turns(
 
     number = journal.number if isinstance(journal, PostgresJournal) else 0
     return Turns(number, load, cached), load
-
-
-def _journal(config: Config, data_dir: Path) -> contextlib.AbstractAsyncContextManager[Journal]:
-    journal = config.journal
-    if journal.url is not None:
-        return PostgresJournal(
-            journal.url,
-            replica=config.service.replica,
-            password=_password(journal.password_file),
-            lease_s=journal.lease_s,
-            retention_s=journal.retention_s,
-        )
-    if journal.path == OFF:
-        return MemoryJournal()
-    path = data_dir / "journal.sqlite3" if journal.path is None else Path(journal.path)
-    return SqliteJournal(path, retention_s=journal.retention_s, max_bytes=journal.max_mb * 2**20)
-
-
-def _password(file: str | None) -> str | None:
-    return None if file is None else read_password(Path(file))
-
-
-def _transport(config: Config, data_dir: Path, broker_url: str) -> Transport:
-    broker, replica = config.broker, config.service.replica
-    address = BrokerAddress.parse(
-        broker_url,
-        username=broker.username,
-        password=_password(broker.password_file),
-        ca_file=broker.ca_file,
-        cert_file=broker.cert_file,
-        key_file=broker.key_file,
-    )
-    offline = Will(topics.status(replica), replies.encode(replies.Status("offline")), retain=True)
-    return Transport(
-        address,
-        identifier=_identifier(data_dir, replica),
-        subscriptions=(*SUBSCRIPTIONS, BrokerWatch.SUBSCRIPTION),
-        will=offline,
-        session_expiry_s=_session_expiry_s(config),
-    )
-
-
-def _session_expiry_s(config: Config) -> int:
-    """Replicas share a journal: what others did while we were away must not come to us once it is forgotten there."""
-    expiry_s = config.broker.session_expiry_s
-    return expiry_s if config.journal.url is None else min(expiry_s, config.journal.retention_s)
-
-
-def _identifier(data_dir: Path, replica: str) -> str:
-    """Our name on the broker, made once and kept: whoever else connects under it takes our session and its queue.
-
-    The broker's ACL says nothing of such names, so a tenant must not be able to guess it.
-    """
-    file = data_dir / "session"
-    if not file.exists():
-        file.touch(mode=0o600)
-        file.write_text(secrets.token_hex(16))
-    return f"tokenbus-service-{replica}-{file.read_text()}"

@@ -17,7 +17,6 @@ from protocol.replies import Accepted, Failed, Result
 from protocol.request import Request
 from protocol.topics import TopicError
 from protocol.transport import PublishRefused, Transport
-from scheduler import service
 from tests.security.conftest import connected, heard
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
@@ -260,7 +259,7 @@ async def test_alice_connects_under_anothers_identifier(running, broker):
 
 
 async def test_the_services_identifier_is_drawn_once_and_kept_to_itself(tmp_path):
-    first, again = (service._identifier(tmp_path, "main") for _ in range(2))
+    first, again = (parts._identifier(tmp_path, "main") for _ in range(2))
     assert first == again
     assert len(first) == len("tokenbus-service-main-") + 32
     assert (tmp_path / "session").stat().st_mode & 0o777 == 0o600
