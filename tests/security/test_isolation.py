@@ -17,6 +17,7 @@ from protocol.replies import Accepted, Failed, Result
 from protocol.request import Request
 from protocol.topics import TopicError
 from protocol.transport import PublishRefused, Transport
+from scheduler import parts
 from tests.security.conftest import connected, heard
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
