@@ -38,6 +38,17 @@ async def test_an_answer_is_of_its_schema_piece_by_piece(running):
     jsonschema.validate(json.loads(text), SCHEMA)
 
 
+async def test_scores_of_a_bound_answer_are_the_model_s_own(running):
+    fields = {"structured_outputs": StructuredOutputs(choice=["Zebra"]), "logprobs": True, "top_logprobs": 1}
+    async with Client(running.broker_url, tenant="alice") as client:
+        result = await client.complete(
+            Request(messages=ASKED, max_tokens=24, bad_words=["Paris"], **fields), model="smollm2"
+        )
+    first = result.data.choices[0].logprobs.content[0]
+    assert result.text == "Zebra"
+    assert first.logprob < first.top_logprobs[0].logprob, "left to itself it would have begun otherwise"
+
+
 async def test_structures_of_every_kind_in_one_batch(running):
     async def ask(client: Client, **fields) -> str:
         return (await client.complete(Request(messages=ASKED, max_tokens=24, **fields), model="smollm2")).text

@@ -144,6 +144,7 @@ ABBREVIATIONS = {
                 (b'"structured_outputs": {"json": {"maximum": 1HUGE}}', "structured_outputs.json", "64 bits"),
                 (b'"structured_outputs": {"json": ' + b'{"a":' * 100_000, "body", "recursion"),
                 (b'"structured_outputs": {"regex": "a"}, "ignore_eos": true', "ignore_eos", "ends where"),
+                (b'"structured_outputs": {"regex": "a"}, "min_tokens": 2, "max_tokens": 9', "min_tokens", "ends where"),
                 (b'"response_format": {"type": "json_object"}, "tools": [TOOL]', "response_format", "beside tools"),
                 (
                     b'"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}',

@@ -205,7 +205,7 @@ def test_other_cuts_after_a_death_change_pieces_and_no_text(data):
 def answer_of(request: Request, ids: list[int], cuts: list[bool], ends: str = "length") -> tuple[list, replies.Result]:
     """What a request whose generation comes up with these tokens is sent: chunks and result."""
     entry = Entry(id="a/a", model="m", request=request, prompt=[70], seed=1, accepted_at=0.0, listeners=[])
-    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=lambda *_: None), 0.0)
+    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=tool_parser), 0.0)
     chunks = []
     for number, token in enumerate(ids):
         scored = token if request.logprobs is None else Scored(token, -float(number), 1, [])
@@ -215,6 +215,18 @@ def answer_of(request: Request, ids: list[int], cuts: list[bool], ends: str = "l
         if cuts[number] and (cut := generation.cut()) is not None:
             chunks.append(generation.chunk(cut[0]))
     raise AssertionError("it ends with its last token")
+
+
+def test_log_probabilities_are_those_of_all_that_the_model_wrote_its_calls_included():
+    written = f"One moment. {CALL}"
+    ids = byte_tokenizer().encode(written).ids
+    messages, tools = [Message("user", "Hi")], [Tool(Function("wave"))]
+    request = Request(messages=messages, tools=tools, stream=True, logprobs=True)
+    chunks, result = answer_of(request, ids, [True] * len(ids))
+    assert (result.text, len(result.calls)) == ("One moment.", 1)
+    told = result.data.choices[0].logprobs.content
+    assert bytes(byte for token in told for byte in token.bytes).decode() == written
+    assert [token for chunk in chunks for token in chunk.data.choices[0].logprobs.content] == told
 
 
 #: Characters of one to four bytes, each a token: so most of them, and all stop strings of several, are cut by tokens.
@@ -276,7 +288,7 @@ def test_a_prompt_s_scores_come_with_the_result_however_often_they_were_computed
         listeners=[],
     )
     _, first, second, last = entry.prompt
-    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=lambda *_: None), 0.0)
+    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=tool_parser), 0.0)
     generation.score_prompt(1, [Scored(first, -1.0, 3, [(last, -0.5)]), Scored(second, -2.0, 1, [(second, -2.0)])])
     generation.score_prompt(2, [Scored(second, -2.0, 1, [(second, -2.0)]), Scored(last, -3.0, 9, [(first, -0.1)])])
     generation.push(last, 0.0, "length")

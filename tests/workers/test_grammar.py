@@ -1,11 +1,13 @@
 """Structured output from a real step: what is sampled follows its grammar, beside rows without one, after a preemption too."""
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
 import pytest
 from tokenizers import AddedToken
+from transformers import PreTrainedModel
 
 from benchmarks.structured import read_schemas
 from protocol.chat import Function, FunctionChoice, Message, NamedTool, Tool
@@ -18,6 +20,7 @@ from scheduler.tools import FORCED, ToolParser
 from tests.scheduler.test_text import byte_tokenizer
 from tests.workers.engine import LocalEngine
 from tests.workers.models import tiny
+from tests.workers.test_scores import check, reference
 
 TOKENIZER = byte_tokenizer()
 TOKENIZER.add_special_tokens([AddedToken("<eos>", special=True), AddedToken("<pad>", special=True)])
@@ -32,10 +35,14 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def engine(folder: Path, **sizes) -> LocalEngine:
+def model() -> PreTrainedModel:
     model = tiny("llama", vocab_size=VOCAB, max_position_embeddings=1024)
     model.generation_config.eos_token_id = EOS
-    return LocalEngine(model, tokenizer=folder, **{"longest": 256, "blocks": 1024, **sizes})
+    return model
+
+
+def engine(folder: Path, **sizes) -> LocalEngine:
+    return LocalEngine(model(), tokenizer=folder, **{"longest": 256, "blocks": 1024, **sizes})
 
 
 def grammar(**outputs) -> str:
@@ -161,6 +168,63 @@ def test_after_a_preemption_the_grammar_goes_on_where_the_output_is(folder):
     assert roomy.batcher.counters.preemptions == 0
     for tokens in tight.outputs.values():
         jsonschema.validate(json.loads(text(tokens)), schema)
+
+
+def test_scores_are_the_model_s_own_whatever_is_allowed(folder):
+    local = engine(folder)
+    sampling = Sampling(temperature=1.0, seed=1, grammar=grammar(regex="[ab]{12}"), logprobs=2)
+    local.submit("bound", [1, 2, 3], 20, sampling, stop=frozenset({EOS, NO_TOKEN}))
+    output = local.finish()["bound"]
+    assert [each.token for each in local.scored["bound"]] == output
+    expected = reference(model(), [1, 2, 3, *output])
+    for position, scored in enumerate(local.scored["bound"], start=3):
+        check(scored, expected[position - 1], 2)
+    assert any(scored.rank > 2 for scored in local.scored["bound"]), (
+        "the model would rather have written something else"
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 3, "top_p": 0.5, "min_p": 0.2, "typical_p": 0.3},
+        {"repetition_penalty": 1.5, "presence_penalty": 2.0, "frequency_penalty": -2.0, "temperature": 2.0},
+        {"logit_bias": ((5, 100.0), (6, -100.0)), "bad_words": ((7,), (8, 9)), "temperature": 0.0},
+    ],
+    ids=["filters", "penalties", "bias and bans"],
+)
+def test_whatever_else_is_done_to_its_logits_a_sequence_keeps_to_its_grammar(folder, fields):
+    local = engine(folder)
+    for seed in range(4):
+        sampling = Sampling(
+            **{"temperature": 1.0, **fields}, seed=seed, grammar=grammar(regex="[a-c]{4}(-[0-9]{2}){3}")
+        )
+        local.submit(str(seed), [1, 2, 3], 60, sampling, stop=frozenset({EOS, NO_TOKEN}))
+    for tokens in local.finish().values():
+        assert re.fullmatch("[a-c]{4}(-[0-9]{2}){3}", text(tokens))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_bad_words_leave_nothing_its_own_sequence_ends_alone(folder, temperature):
+    local = engine(folder)
+    (banned,) = TOKENIZER.encode("b").ids
+    sampling = Sampling(temperature, grammar=grammar(regex="a{3}b"), bad_words=((banned,),))
+    local.submit("lost", [1, 2, 3], 20, sampling, stop=frozenset({EOS, NO_TOKEN}))
+    submit(local, "bound", grammar(regex="a{5}"))
+    outputs = local.finish()
+    assert outputs["lost"] == [*TOKENIZER.encode("aaa").ids, NO_TOKEN]
+    assert text(outputs["bound"]) == "aaaaa"
+
+
+def test_a_sequence_with_a_grammar_is_not_drafted_for_and_its_neighbours_are(folder):
+    plain, drafting = engine(folder), engine(folder, draft="ngram")
+    for local in (plain, drafting):
+        local.submit("free", [1, 2, 3] * 6, 60)
+        submit(local, "bound", grammar(regex="(ab){20}"))
+        local.finish()
+    assert drafting.outputs == plain.outputs
+    assert text(drafting.outputs["bound"]) == "ab" * 20
+    assert sum(accepted for accepted, _ in drafting.accepted) > 0
 
 
 #: One token of it is too many Earley items.
