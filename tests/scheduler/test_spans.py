@@ -37,7 +37,7 @@ def generation(begun: float | None = 2.0, first: float | None = 5.0, tokens: int
         accepted_at=0.0,
         listeners=[Listener("there", None, TRACEPARENT)],
     )
-    generation = Generation(entry, 1.0, detokenizer=None, stops=None, text=SECRET)
+    generation = Generation(entry, 1.0, tokenizer=None, detokenizer=None, stops=None, text=SECRET)
     generation.started_at, generation.first_token_at, generation.completion_tokens = begun, first, tokens
     return generation
 
