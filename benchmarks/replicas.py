@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import socket
 import statistics
 import sys
@@ -32,8 +33,8 @@ from scheduler.mqtt.broker import EmbeddedBroker
 _MODEL = "sleeping"
 _TENANTS = 4
 _BATCHES_OUTSTANDING = 4
-_GENERATED = 'tokenbus_tokens_total{kind="generated"}'
-_KNOWN = "tokenbus_replicas"
+_GENERATED = re.compile(r'tokenbus_tokens_total\{kind="generated",tenant=.*} ')
+_KNOWN = re.compile(r"tokenbus_replicas ")
 _UP_S = 120.0
 
 
@@ -68,18 +69,18 @@ async def _ask(client: Client, load: Load, number: int) -> None:
         await client.complete(request, model=_MODEL)
 
 
-def _read(port: int, name: str) -> float:
-    """A metric of a replica; 0 while there is none."""
+def _read(port: int, series: re.Pattern[str]) -> float:
+    """The sum of a replica's series; 0 while there are none."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             lines = answer.read().decode().splitlines()
     except OSError:
         return 0.0
-    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} ")), 0.0)
+    return sum(float(line.rpartition(" ")[2]) for line in lines if series.match(line))
 
 
-async def _all(ports: Sequence[int], name: str) -> list[float]:
-    return [await asyncio.to_thread(_read, port, name) for port in ports]
+async def _all(ports: Sequence[int], series: re.Pattern[str]) -> list[float]:
+    return [await asyncio.to_thread(_read, port, series) for port in ports]
 
 
 async def _until_acquainted(ports: Sequence[int]) -> None:

@@ -119,7 +119,7 @@ class Reader:
                 "body", f"{len(payload)} bytes are over the limit of {self._max_payload_bytes}", "payload_too_large"
             )
         request = decode_request(payload)
-        base, _, adapter = (request.model or model).partition(":")
+        base, _, adapter = (model if request.model is None else request.model).partition(":")
         if base != model:
             raise BadRequest("model", f"must be absent or {model}, the model the topic names, perhaps with an adapter")
         check_adapter(adapter, self._info)

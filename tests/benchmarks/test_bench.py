@@ -181,8 +181,10 @@ def test_prefix_counts_what_is_computed_and_of_whom(served):
     sizes = ("--requests", "6", "--shared-tokens", "64", "--own-tokens", "10", "--output-tokens", "4", "--vocab", "97")
     figures = bench("prefix", "--model", served, *sizes, "--rounds", "1", "--prompts", "2")
     assert figures["uncached"]["computed_prompt_tokens"] == 6 * 74
-    assert figures["cached"]["computed_prompt_tokens"] == 74 + 5 * 10
-    assert figures["saved"] == 1 - 124 / 444
+    computed = figures["cached"]["computed_prompt_tokens"]
+    # Those that came in time for one step find nothing of each other.
+    assert computed in [6 * 10 + 64 * at_once for at_once in range(1, 6)]
+    assert figures["saved"] == 1 - computed / 444
     isolation = figures["isolation"]
     assert [isolation[name]["computed_prompt_tokens"] for name in ("cold", "warm", "other")] == [74, 74 - 64, 74]
     assert "computes 74 of 74 tokens" in report.prefix_line(msgspec.convert(figures, PrefixFigures))

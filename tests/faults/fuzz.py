@@ -57,6 +57,41 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "deadline_ms": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, 0, -1, 1.5, 604_800_001, 2**63),
     "refuse_late": (*_WRONG_ANYWHERE, True, 1, "true", None),  # there is no deadline
     "metadata": (*_WRONG_ANYWHERE, 1, "x", [], {"a": 1}, {"a": None}),
+    "min_tokens": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, -1, 5, 1.5, None),
+    "typical_p": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, 0, -1, 1.1),
+    "repetition_penalty": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, 0, -1, 101),
+    "presence_penalty": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, -2.1, 2.1, None),
+    "frequency_penalty": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, -2.1, 2.1, None),
+    "logit_bias": (*_WRONG_ANYWHERE, 1, "x", [], {"x": 1}, {"5": 101}, {"5": "1"}, {"97": 1}, {str(_HUGE): 1}),
+    "bad_words": (*_WRONG_ANYWHERE, 1, "x", [""], [1], ["x" * 257], ["x"] * 129),
+    "include_stop_str_in_output": (*_WRONG_ANYWHERE, 1, "true", None),
+    "logprobs": (*_WRONG_ANYWHERE, "1", [], {}, -1, 21, 1.5, _HUGE),
+    "top_logprobs": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, -1, 21, 1.5, 1),  # without logprobs
+    "prompt_logprobs": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, -1, 21, 1.5),
+    "add_generation_prompt": (*_WRONG_ANYWHERE, 1, "true", None),
+    "continue_final_message": (*_WRONG_ANYWHERE, 1, "true", None, True),  # there are no messages
+    "parallel_tool_calls": (*_WRONG_ANYWHERE, 1, "true", None),
+    "tools": (*_WRONG_ANYWHERE, 1, "x", [], [1], [{}], [{"type": "function", "function": {"name": "a b"}}]),
+    "tool_choice": (*_WRONG_ANYWHERE, 1, "any", [], {}, "required"),  # of no tools
+    "response_format": (
+        *_WRONG_ANYWHERE,
+        1,
+        "json_object",
+        {"type": "yaml"},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}},
+    ),
+    "structured_outputs": (
+        *_WRONG_ANYWHERE,
+        1,
+        "x",
+        {},
+        {"regex": "("},
+        {"regex": "a", "choice": ["a"]},
+        {"choice": []},
+        {"grammar": "start: nothing"},
+        {"json": {"type": "nothing"}},
+    ),
 }
 _NUMBERS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "priority", "deadline_ms")
 _NO_NUMBERS = (

@@ -1,4 +1,4 @@
-"""Requests of every length and temperature, and asking them all at once."""
+"""Requests of every length and temperature, and asking them."""
 
 import asyncio
 import random
@@ -25,9 +25,13 @@ def requests(count: int, *, shortest: int = 40, longest: int = 400) -> dict[str,
 
 
 async def ask(
-    clients: list[Client], asked: dict[str, Request], prefix: str = "", on_chunk: Callable[[], object] | None = None
+    clients: list[Client],
+    asked: dict[str, Request],
+    prefix: str = "",
+    on_chunk: Callable[[], object] | None = None,
+    every_s: float = 0.0,
 ) -> dict[str, Result]:
-    """Ask everything at once; the streamed pieces must come in order and make up the text."""
+    """Ask everything, at once or one ``every_s``; the streamed pieces must come in order and make up the text."""
 
     async def one(client: Client, id: str, request: Request) -> Result:
         stream = client.stream(request, model="tiny", request_id=prefix + id)
@@ -41,9 +45,9 @@ async def ask(
         assert text == stream.result.text
         return stream.result
 
+    tasks = {}
     async with asyncio.TaskGroup() as group:
-        tasks = {
-            id: group.create_task(one(clients[number % len(clients)], id, request), name=id)
-            for number, (id, request) in enumerate(asked.items())
-        }
+        for number, (id, request) in enumerate(asked.items()):
+            tasks[id] = group.create_task(one(clients[number % len(clients)], id, request), name=id)
+            await asyncio.sleep(every_s)
     return {id: task.result() for id, task in tasks.items()}

@@ -62,7 +62,7 @@ async def test_ten_thousand_malformed_messages_get_a_typed_error_each_and_distur
         assert (service.process.pid, service.worker_pid) == pids
         assert service.process.returncode is None
     heard = [(incoming, replies.decode_reply(incoming.payload)) for incoming in hearing.result()]
-    assert all(isinstance(reply, Failed) for _, reply in heard)
+    assert [reply for _, reply in heard if not isinstance(reply, Failed)] == []
     assert {(i.topic, i.correlation, reply.request_id) for i, reply in heard} == expected
     assert sum(v for name, v in metrics.items() if name.startswith("tokenbus_rejections_total{")) == COUNT
     assert metrics['tokenbus_rejections_total{reason="internal"}'] == 0

@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 
 COMPUTING, SLEEPING = "scheduler.cli", "benchmarks.replicas"
+#: What comes all at once may all be taken up by the one that is awake first.
+APART_S = 0.05
 
 
 def replica(name: str, tmp_path, model, broker, database, **given) -> ServiceProcess:
@@ -136,7 +138,7 @@ async def test_one_that_was_only_slow_says_nothing_of_what_it_has_lost(pair, bro
     a, b = pair
     asked = requests(40, shortest=50, longest=200)
     async with clients(broker.url) as tenants, Ear(broker.url, *TENANTS) as ear:
-        asking = asyncio.create_task(ask(tenants, asked), name="asking")
+        asking = asyncio.create_task(ask(tenants, asked, every_s=APART_S), name="asking")
         await until(lambda: all_metrics(pair, "tokenbus_outstanding_requests"), lambda counts: min(counts) > 5)
         a.process.send_signal(signal.SIGSTOP)
         await b.until_logged("taking over what another replica left")
@@ -157,7 +159,10 @@ async def test_a_cancel_that_comes_before_the_taking_over_holds_after_it(pair, b
     long = Request(prompt=[5, 6, 8], max_tokens=4000, temperature=0.0, ignore_eos=True)
     async with Client(broker.url, tenant="alice") as client, Ear(broker.url, "alice") as ear:
         ids = [f"r{number}" for number in range(12)]
-        asking = [asyncio.create_task(client.complete(long, model="tiny", request_id=id), name=id) for id in ids]
+        asking = []
+        for id in ids:
+            asking.append(asyncio.create_task(client.complete(long, model="tiny", request_id=id), name=id))
+            await asyncio.sleep(APART_S)
         assert min(await until(lambda: accepted(pair), lambda counts: sum(counts) == 12)) > 0
         await pair[0].stop(signal.SIGKILL)
         for id in ids:
