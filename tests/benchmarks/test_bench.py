@@ -109,9 +109,9 @@ def test_the_floor_of_decodes_looks_at_full_batches_only(files):
     alone, full = figures["batches"]
     assert alone["steps"] == 39, "all but the first token, which the prompt gives"
     assert 1 < full["steps"] <= 39
-    # Two layers, 32 wide, and the head; panels are padded and each has scales and biases.
+    # Two layers, 32 wide, and the head; panels, as wide as the machine likes them, are padded and each has scales and biases.
     weights = 4 * (2 * 32 * (32 + 16 + 16 + 32 + 3 * 48) + 32 * 97)
-    assert weights < figures["weight_bytes"] < 1.2 * weights
+    assert weights < figures["weight_bytes"] < 2 * weights
     for batch in alone, full:
         assert 0 < batch["floor_ratio"] < 1
         assert 0 < batch["bandwidth_ratio"] < 1
