@@ -17,6 +17,7 @@ import msgspec
 
 from benchmarks import scale_text
 from benchmarks.accept import AcceptFigures
+from benchmarks.blocks import BlockFigures, BlocksFigures
 from benchmarks.fairness import FairnessFigures, TenantFigures
 from benchmarks.ladder import Ladder
 from benchmarks.peers.figures import PeerFigures, PeersFigures
@@ -198,6 +199,17 @@ def speculation_table(figures: SpeculationFigures) -> str:
     return "\n".join([*lines, "", f"`{figures.speculation}`, medians of {figures.rounds} rounds in turn."])
 
 
+def blocks_table(figures: list[BlockFigures]) -> str:
+    lines = [
+        "| tokens in a block | KV slots without a token | attention of 64 decodes, ms a layer | of one | a prompt of 256, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for each in figures:
+        times = (each.decodes_ms, each.decode_ms, each.prefill_ms)
+        lines.append(f"| {each.block_size} | {each.waste:.1%} | {' | '.join(f'{ms:.3f}' for ms in times)} |")
+    return "\n".join(lines)
+
+
 def _read(name: str, kind: type[T]) -> T:
     return msgspec.json.decode((RESULTS / name).read_bytes(), type=kind)
 
@@ -238,6 +250,9 @@ PAGES: dict[str, dict[str, Text]] = {
     },
     "docs/speculation.md": {
         "speculation": lambda: _when_measured("speculation.json", SpeculationFigures, speculation_table),
+    },
+    "docs/decisions/0013-block-size.md": {
+        "blocks": lambda: _when_measured("blocks.json", BlocksFigures, lambda figures: blocks_table(figures.sizes)),
     },
     "docs/scale.md": {
         "load": _simulated(scale_text.load_text),

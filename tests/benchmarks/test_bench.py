@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from benchmarks import report
+from benchmarks.blocks import BlocksFigures
 from benchmarks.fairness import FairnessFigures
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
@@ -177,6 +178,16 @@ def test_speculation_writes_the_same_tokens_in_fewer_steps(tmp_path):
     assert [line.count("|") for line in table[:3]] == [7] * 3
 
 
+def test_larger_blocks_leave_more_empty():
+    figures = call("blocks", "--requests", "60", "--rounds", "1", "--steps", "1")
+    sizes = figures["sizes"]
+    assert [size["block_size"] for size in sizes] == [8, 16, 32, 64, 128]
+    wastes = [size["waste"] for size in sizes]
+    assert wastes == sorted(wastes)
+    assert wastes[0] > 0
+    assert report.blocks_table(msgspec.convert(figures, BlocksFigures).sizes).count("\n") == 6
+
+
 def test_prefix_counts_what_is_computed_and_of_whom(served):
     sizes = ("--requests", "6", "--shared-tokens", "64", "--own-tokens", "10", "--output-tokens", "4", "--vocab", "97")
     figures = bench("prefix", "--model", served, *sizes, "--rounds", "1", "--prompts", "2")
@@ -191,13 +202,7 @@ def test_prefix_counts_what_is_computed_and_of_whom(served):
 
 
 def test_scrape_counts_every_series():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scrape", "--json", "--tenants", "20", "--rounds", "1"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    figures = json.loads(done.stdout)
+    figures = call("scrape", "--tenants", "20", "--rounds", "1")
     assert figures["tenants"] == 20
     assert 300 < figures["series"] < 3000
     assert figures["bytes"] > 10 * figures["series"]
