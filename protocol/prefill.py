@@ -18,7 +18,7 @@ from protocol.request import MAX_DEADLINE_MS, Likeliest, TokenId, decode_body
 MAX_INPUTS = 2048
 
 
-class Prefill(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+class PrefillRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """What both kinds may say. Neither generates a token."""
 
     output_limit: ClassVar[int] = 0
@@ -35,7 +35,7 @@ class Prefill(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return (self.model or "").partition(":")[2]
 
 
-class EmbeddingRequest(Prefill, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+class EmbeddingRequest(PrefillRequest, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """A vector is wanted of each text. `parameters` says what each field means."""
 
     prompt_field: ClassVar[str] = "input"
@@ -55,7 +55,7 @@ class EmbeddingRequest(Prefill, frozen=True, forbid_unknown_fields=True, omit_de
         return [ids] if ids else [part for part in self.input if not isinstance(part, int)]
 
 
-class ScoreRequest(Prefill, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+class ScoreRequest(PrefillRequest, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """The log probability of ``text`` after ``context`` is wanted. `parameters` says what each field means."""
 
     prompt_field: ClassVar[str] = "text"

@@ -16,7 +16,8 @@ class HiddenStates:
 
     def __init__(self, module: PreTrainedModel) -> None:
         self._module = module
-        self._decoder: nn.Module = module.base_model.get_decoder()
+        base: Any = module.base_model
+        self._decoder: nn.Module = base.get_decoder()
         self._decoder.register_forward_hook(self._hear)
         self._output: Any = None
 

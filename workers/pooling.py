@@ -19,9 +19,9 @@ class Poolings:
             self._asked[admission.slot] = admission.sampling.pooling, admission.prompt_len
 
     def pool(self, plan: StepPlan, hidden: Tensor) -> dict[int, bytes]:
-        """Of the plan's rows those that are asked for, by index, as in a `StepResult`: hidden states ``[T, H]`` of all its tokens.
+        """What a `StepResult` tells of the plan's rows: hidden states ``[T, H]`` of all its tokens.
 
-        A prompt's mean is summed up by who gets these: here nothing is kept from one step to the next.
+        A prompt's mean is summed up by who gets these, since here nothing is kept from one step to the next.
         """
         if not self._asked:
             return {}

@@ -55,8 +55,8 @@ class Speculator:
 class Draft:
     """A step in the making, then in flight. ``decoders``: whose the ``decodes`` are; ``owners``: whose each row is, and the
     blocks that it had then; ``speculators``: whose the ``verifications`` are; ``samplers``: whose each sampled token will be.
-    ``drafted``: tokens that each verification may have drafted, then has. ``prefills``: who wants no more than its prompt computed,
-    which this step does; once it is applied, who ended by it.
+    ``drafted``: tokens that each verification may have drafted, then has. ``prefills``: whose prompts this step completes and who
+    want no more; once it is applied, who ended by it.
 
     ``context``: how many positions the decodes see. ``prefilled``: tokens of prompts. ``started``: who runs for the first time.
     """
@@ -114,6 +114,10 @@ class Draft:
         """Who runs for the first time, and how many tokens of its prompt the prefix cache spares."""
         return {sequence.id: sequence.cached for sequence in self.started}
 
+    def first_scored(self, row: int) -> int:
+        """Which position of a prompt is the first that one of the rows scores."""
+        return max(self.rows[row].start + 1, self.owners[row][0].sampling.score_from)
+
     def ends(self) -> list[tuple[Sequence, int]]:
         """Up to where it computes each sequence at least, as long as it is the oldest in flight."""
         decoders = self.decoders + [speculator.sequence for speculator in self.speculators]
@@ -128,7 +132,8 @@ _LEAST_OF_PROMPTS = 16
 
 class Batch:
     """What policies act on. ``running`` holds who runs, the oldest first: who is ``decoding`` has one token to compute in the
-    next step, who is ``prefilling`` may have more; who is neither ends with a step in flight. ``adapters``: how many run with each. ``draft`` is the step in the making."""
+    next step, who is ``prefilling`` may have more, who is neither ends with a step in flight. ``adapters``: how many run with
+    each. ``draft`` is the step in the making."""
 
     def __init__(self, limits: Limits, pool: BlockPool, queue: FairQueue, speculation: Speculation | None) -> None:
         self.limits = limits

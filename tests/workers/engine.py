@@ -115,8 +115,7 @@ class LocalEngine:
             self.scored.setdefault(draft.samplers[index].id, []).append(scored)
         for index, part in result.prompts.items():
             sequence, _ = draft.owners[index]
-            first = max(draft.rows[index].start + 1, sequence.sampling.score_from)
-            self.prompts.setdefault(sequence.id, {}).update(enumerate(part, start=first))
+            self.prompts.setdefault(sequence.id, {}).update(enumerate(part, start=draft.first_scored(index)))
         for index, part in result.pooled.items():
             self.pooled.setdefault(draft.owners[index][0].id, []).append((draft.rows[index].start, part))
         self.accepted += [(verdict.accepted, verdict.drafted) for verdict in result.verdicts]
