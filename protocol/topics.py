@@ -1,8 +1,8 @@
 """The topic grammar: built and parsed here and nowhere else.
 
-    tokenbus/v1/{tenant}/req/{model}/{request_id}   tenant  -> service   a request for text
+    tokenbus/v1/{tenant}/req/{model}/{request_id}   tenant  -> service   a request for an answer
     tokenbus/v1/{tenant}/embed/{model}/{request_id} tenant  -> service   one for embeddings
-    tokenbus/v1/{tenant}/score/{model}/{request_id} tenant  -> service   one for the scores of a text
+    tokenbus/v1/{tenant}/score/{model}/{request_id} tenant  -> service   one for the score of a text
     tokenbus/v1/{tenant}/cancel/{request_id}        tenant  -> service   a cancellation
     tokenbus/v1/{tenant}/out/{request_id}           service -> tenant    accepted, chunks, result or error
     tokenbus/v1/{tenant}/dead/{request_id}          service -> tenant    a request that was quarantined
@@ -47,10 +47,10 @@ class TopicError(ValueError):
 
 
 class RequestTopic(msgspec.Struct, frozen=True):
-    kind: Kind
     tenant: str
     model: str
     request_id: str
+    kind: Kind = "req"
 
 
 class CancelTopic(msgspec.Struct, frozen=True):
@@ -118,7 +118,7 @@ def parse_request(topic: str) -> RequestTopic:
         raise TopicError("topic", f"must be {ROOT}/<tenant>/{kind or '<kind>'}/<model>/<request_id>")
     _, _, tenant, _, model, request_id = levels
     return RequestTopic(
-        kind, _check_name("tenant", tenant), _check_name("model", model), _check_name("request_id", request_id)
+        _check_name("tenant", tenant), _check_name("model", model), _check_name("request_id", request_id), kind
     )
 
 
