@@ -47,7 +47,9 @@ def embedding_prompt(request: EmbeddingRequest, chat: Chat, info: WorkerInfo) ->
 def score_prompt(request: ScoreRequest, chat: Chat, info: WorkerInfo) -> tuple[list[int], list[int]]:
     """The tokens of context and text, and where the first one stands that is scored. Raises BadRequest."""
     prompt, first = chat.text_in_context(request.text, request.context)
-    check_tokens("text", prompt, info)
+    if first:
+        check_tokens("context", prompt[:first], info)
+    check_tokens("text", prompt[first:], info)
     if len(prompt) > info.max_model_len:
         raise context_exceeded(request, prompt, f"the context of {info.max_model_len} tokens")
     # Nothing comes before the first token that could make it likely.
