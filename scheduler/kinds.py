@@ -49,8 +49,8 @@ def run_of(entry: Entry, sequences: list[Sequence], chat: Chat, accepted_at: flo
     lengths = {sequence.id: sequence.prompt_len for sequence in sequences}
     match entry.request:
         case EmbeddingRequest():
-            return EmbeddingPrefill(entry, accepted_at, chat.backend, lengths)
+            return EmbeddingPrefill(entry=entry, accepted_at=accepted_at, lengths=lengths)
         case ScoreRequest():
-            return ScorePrefill(entry, accepted_at, chat.backend, lengths)
+            return ScorePrefill(entry=entry, accepted_at=accepted_at, lengths=lengths, tokenizer=chat.backend)
         case _:
             return Generation.of(entry, chat, accepted_at)

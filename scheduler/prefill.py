@@ -87,7 +87,7 @@ def prefills_for(entry: Entry, info: WorkerInfo) -> list[Sequence]:
     ]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Prefill(ABC):
     """One accepted request while it runs; times are on the engine's clock, in seconds. ``lengths``: of its sequences, by id.
 
@@ -101,7 +101,6 @@ class Prefill(ABC):
 
     entry: Entry
     accepted_at: float
-    tokenizer: "Tokenizer"
     lengths: dict[str, int]
     started_at: float | None = None
     cached_tokens: int = 0
@@ -135,7 +134,7 @@ class Prefill(ABC):
         """What its tenant is told."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class EmbeddingPrefill(Prefill):
     """A vector for each text, from its hidden states."""
 
@@ -145,16 +144,23 @@ class EmbeddingPrefill(Prefill):
         """Take what the worker made of a sequence's hidden states from position ``start`` on: of a mean, the sum. Whoever was
         preempted begins anew."""
         vector = np.frombuffer(part, np.float32).astype(np.float64)
-        self._pooled[id] = self._pooled[id] + vector if start and id in self._pooled else vector
+        if start and self._request.pooling == "mean":
+            vector += self._pooled[id]
+        self._pooled[id] = vector
+
+    @property
+    def _request(self) -> EmbeddingRequest:
+        assert isinstance(self.entry.request, EmbeddingRequest)
+        return self.entry.request
 
     def _answer(self, usage: Usage) -> EmbeddingList:
-        request = self.entry.request
-        assert isinstance(request, EmbeddingRequest)
-        vectors = [self._vector(request, self._pooled[id], length) for id, length in self.lengths.items()]
+        request = self._request
+        vectors = [self._vector(self._pooled[id], length) for id, length in self.lengths.items()]
         model = request.model or self.entry.model
         return openai.embedded(vectors, model=model, usage=usage, as_base64=request.encoding_format == "base64")
 
-    def _vector(self, request: EmbeddingRequest, pooled: "np.ndarray", length: int) -> list[float]:
+    def _vector(self, pooled: "np.ndarray", length: int) -> list[float]:
+        request = self._request
         vector = pooled / length if request.pooling == "mean" else pooled
         if not np.isfinite(vector).all():
             raise ServiceError("internal", "the model's hidden states aren't finite numbers")
@@ -164,10 +170,11 @@ class EmbeddingPrefill(Prefill):
         return numbers
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class ScorePrefill(Prefill):
     """The log probability of each of a text's tokens."""
 
+    tokenizer: "Tokenizer"
     _scored: dict[int, Scored] = field(default_factory=dict)
 
     def score_prompt(self, first: int, scored: list[Scored]) -> None:

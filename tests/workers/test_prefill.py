@@ -46,7 +46,7 @@ def embedding(engine: LocalEngine, id: str, prompt: list[int], pooling: str, *, 
     """What a tenant would get of what the engine told."""
     request = EmbeddingRequest(input=prompt, pooling=pooling, normalize=normalize)
     entry = Entry(id=id, model="m", request=request, prompt=prompt, seed=0, accepted_at=0.0, listeners=[])
-    prefill = EmbeddingPrefill(entry, 0.0, None, {id: len(prompt)})
+    prefill = EmbeddingPrefill(entry=entry, accepted_at=0.0, lengths={id: len(prompt)})
     for start, part in engine.pooled[id]:
         prefill.pool(id, start, part)
     (vector,) = prefill.result(0.0).embeddings
