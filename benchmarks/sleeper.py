@@ -35,6 +35,7 @@ def _info(config: WorkerConfig) -> WorkerInfo:
         model_path=str(demo_model() if config.model == DEMO else config.model),
         max_model_len=_MODEL_LEN,
         vocab_size=_VOCAB,
+        hidden_size=1,
         eos_ids=[],
         num_blocks=config.max_running * _MODEL_LEN // config.block_size,
         block_size=config.block_size,

@@ -10,7 +10,7 @@ import yaml
 
 from protocol import replies, topics
 from protocol.errors import ErrorBody
-from protocol.request import Request
+from protocol.kinds import BODIES
 
 _REPLIES: dict[str, type[msgspec.Struct]] = {
     "accepted": replies.Accepted,
@@ -20,13 +20,19 @@ _REPLIES: dict[str, type[msgspec.Struct]] = {
     "expired": replies.Expired,
     "error": replies.Failed,
 }
+#: What a body of each kind is called, and the channel that it comes on.
+_REQUESTS: dict[topics.Kind, tuple[str, str]] = {
+    "req": ("request", "requests"),
+    "embed": ("embed", "embeds"),
+    "score": ("score", "scores"),
+}
 _NAMES = {"tenant": "The authenticated user", "model": "Alias of the model", "request_id": "Chosen by the tenant"}
 
 
 def describe() -> dict[str, Any]:
     """The document as plain data."""
     types: list[type[msgspec.Struct]] = [
-        Request,
+        *BODIES.values(),
         replies.Status,
         replies.Quarantined,
         ErrorBody,
@@ -34,7 +40,8 @@ def describe() -> dict[str, Any]:
     ]
     references, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     by_type = dict(zip(types, references, strict=True))
-    messages = {"request": _message(by_type[Request]), "cancel": {"payload": {"type": "string", "maxLength": 0}}}
+    messages = {name: _message(by_type[BODIES[kind]]) for kind, (name, _) in _REQUESTS.items()}
+    messages["cancel"] = {"payload": {"type": "string", "maxLength": 0}}
     messages |= {name: _message(by_type[kind]) for name, kind in _REPLIES.items()}
     messages |= {
         "status": _message(by_type[replies.Status]),
@@ -50,18 +57,24 @@ def describe() -> dict[str, Any]:
         },
         "defaultContentType": "application/json",
         "channels": {
-            "requests": _channel(topics.request("T", "M", "R"), ["request"]),
+            **{
+                channel: _channel(topics.request("T", "M", "R", kind), [name])
+                for kind, (name, channel) in _REQUESTS.items()
+            },
             "cancels": _channel(topics.cancel("T", "R"), ["cancel"]),
             "replies": _channel(topics.out("T", "R"), list(_REPLIES)),
             "dead": _channel(topics.dead("T", "R"), ["quarantined"]),
             "status": _channel(topics.status("S"), ["status"]),
         },
         "operations": {
-            "request": {
-                "action": "receive",
-                "channel": _ref("channels", "requests"),
-                "reply": {"channel": _ref("channels", "replies")},
-                "bindings": {"mqtt": {"qos": 1}},
+            **{
+                name: {
+                    "action": "receive",
+                    "channel": _ref("channels", channel),
+                    "reply": {"channel": _ref("channels", "replies")},
+                    "bindings": {"mqtt": {"qos": 1}},
+                }
+                for name, channel in _REQUESTS.values()
             },
             "cancel": {
                 "action": "receive",

@@ -11,6 +11,9 @@ import msgspec
 
 from protocol import topics
 from protocol.errors import RequestError, ServiceError
+from protocol.kinds import AnyRequest, kind_of
+from protocol.openai import TextChoice
+from protocol.prefill import EmbeddingRequest, ScoreRequest
 from protocol.replies import (
     TERMINAL,
     Accepted,
@@ -24,7 +27,7 @@ from protocol.replies import (
     decode_reply,
     decode_status,
 )
-from protocol.request import Request, encode_request
+from protocol.request import encode_request
 from protocol.trace import check_traceparent
 from protocol.transport import NO_SUBSCRIBER, BrokerAddress, Incoming, Transport, TransportError, delays
 
@@ -112,9 +115,9 @@ class Client:
             await self._transport.__aexit__()
 
     def stream(
-        self, request: Request, *, model: str, request_id: str | None = None, traceparent: str | None = None
+        self, request: AnyRequest, *, model: str, request_id: str | None = None, traceparent: str | None = None
     ) -> "Stream":
-        """A generation, sent when it is iterated. Raises TopicError for a name outside the grammar.
+        """A request of any kind, sent when it is iterated. Raises TopicError for a name outside the grammar.
 
         ``traceparent``: the caller's span, which the service's become children of; ValueError when it is malformed.
         """
@@ -126,20 +129,28 @@ class Client:
             encode_request(request),
             lifetime_s=None if request.deadline_ms is None else request.deadline_ms / 1000,
             request_id=request_id,
-            request_topic=topics.request(self.tenant, model, request_id),
+            request_topic=topics.request(self.tenant, model, request_id, kind_of(request)),
             response_topic=topics.out(self.tenant, f"{self._id}/{request_id}"),
             cancel_topic=topics.cancel(self.tenant, request_id),
             traceparent=traceparent,
         )
 
     async def complete(
-        self, request: Request, *, model: str, request_id: str | None = None, traceparent: str | None = None
+        self, request: AnyRequest, *, model: str, request_id: str | None = None, traceparent: str | None = None
     ) -> Result:
         """The whole answer. Raises what iterating a stream raises."""
         stream = self.stream(request, model=model, request_id=request_id, traceparent=traceparent)
         async for _ in stream:
             pass
         return stream.result
+
+    async def embed(self, request: EmbeddingRequest, *, model: str, request_id: str | None = None) -> list[list[float]]:
+        """A vector for each text. Raises what iterating a stream raises."""
+        return (await self.complete(request, model=model, request_id=request_id)).embeddings
+
+    async def score(self, request: ScoreRequest, *, model: str, request_id: str | None = None) -> TextChoice:
+        """What the text's tokens are worth after their context. Raises what iterating a stream raises."""
+        return (await self.complete(request, model=model, request_id=request_id)).score
 
     async def cancel(self, request_id: str) -> None:
         """Cancel a request of this tenant; whoever streams it gets RequestCancelled, unless it has ended already."""
@@ -151,7 +162,7 @@ class Client:
 
 
 class Stream:
-    """One generation: iterate over its chunks; ``result`` is there when they end.
+    """One request: iterate over its chunks; ``result`` is there when they end.
 
     The chunks' texts and tool calls together are exactly the result's: should some be lost on the way, the last one carries the
     rest. Leaving the iteration early cancels the request. Iterating raises RequestError (the service refused or

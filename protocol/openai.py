@@ -1,8 +1,12 @@
 """The OpenAI response objects we send, field for field, so that the public `openai` package's models parse them.
 
-Source: OpenAI API reference, "The chat completion object", "The chat completion chunk object", "The completion object".
+Source: OpenAI API reference, "The chat completion object", "The chat completion chunk object", "The completion object", "The
+embedding object".
 """
 
+import base64
+import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -176,11 +180,14 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True, tag_field="object", tag="
 
 
 class TextChoice(msgspec.Struct, frozen=True):
+    """``cumulative_logprob``: where the text was given, not generated, the sum of its tokens' log probabilities."""
+
     text: str
     index: int = 0
     finish_reason: FinishReason | None = None
     logprobs: TextLogprobs | None = None
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
+    cumulative_logprob: float | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def calls(self) -> tuple[()]:
@@ -195,6 +202,48 @@ class TextCompletion(msgspec.Struct, frozen=True, tag_field="object", tag="text_
     model: str
     choices: list[TextChoice]
     usage: Usage | None = None
+
+
+class Embedding(msgspec.Struct, frozen=True, tag_field="object", tag="embedding"):
+    """One vector, as numbers or as the base64 of its float32 in little-endian byte order."""
+
+    index: int
+    embedding: list[float] | str
+
+    @property
+    def vector(self) -> list[float]:
+        """The numbers, however they were sent."""
+        if isinstance(self.embedding, list):
+            return self.embedding
+        data = base64.b64decode(self.embedding)
+        return list(struct.unpack(f"<{len(data) // 4}f", data))
+
+
+class EmbeddingList(msgspec.Struct, frozen=True, tag_field="object", tag="list"):
+    """The vectors of a request's texts, in their order."""
+
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+def embedded(vectors: Sequence[list[float]], *, model: str, usage: Usage, as_base64: bool) -> EmbeddingList:
+    """What is answered with these vectors."""
+    data = [Embedding(index, _as_base64(vector) if as_base64 else vector) for index, vector in enumerate(vectors)]
+    return EmbeddingList(data, model, usage)
+
+
+def _as_base64(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def scored(
+    text: str, logprobs: TokenLogprobs, *, request_id: str, created: int, model: str, usage: Usage
+) -> TextCompletion:
+    """A text that was given: as completions echo one after which nothing is to be generated."""
+    total = math.fsum(token.logprob for token in logprobs.tokens)
+    choice = TextChoice(text, 0, "length", _for_text(logprobs), cumulative_logprob=total)
+    return TextCompletion(f"cmpl-{request_id}", created, model, [choice], usage)
 
 
 def answer(

@@ -1,12 +1,14 @@
-"""The fields of a request as a table for the documentation: type and range from their types, the rest from here.
+"""The fields of requests as tables for the documentation: type and range from their types, the rest from here.
 
-``python -m protocol.parameters`` prints the table that a test holds docs/protocol.md against.
+``python -m protocol.parameters`` prints the tables that a test holds docs/protocol.md and docs/embeddings.md against.
 """
 
 from typing import Any
 
 import msgspec
 
+from protocol.kinds import BODIES, AnyRequest
+from protocol.prefill import EmbeddingRequest, ScoreRequest
 from protocol.request import Request
 
 _MODELS = "absent: the model's own, else"
@@ -53,13 +55,35 @@ MEANINGS = {
     "refuse_late": "refuse it at once when it would be late; needs a deadline",
 }
 
+_TURN = {name: MEANINGS[name] for name in ("model", "user", "priority", "deadline_ms", "refuse_late")}
 
-def table() -> str:
-    """A row of Markdown for each field of a request, in their order."""
-    (_,), schemas = msgspec.json.schema_components([Request])
-    fields = schemas["Request"]["properties"]
+#: Of each kind's body, in the order in which they are told.
+FIELDS: dict[type[AnyRequest], dict[str, str]] = {
+    Request: MEANINGS,
+    EmbeddingRequest: {
+        "input": "what to embed: a text, a list of texts, a list of token ids, or a list of such lists; at most 2,048 texts",
+        "pooling": "`last`: the hidden state of the last token; `mean`: that of all tokens on average",
+        "normalize": "each vector is made 1 long",
+        "encoding_format": "`base64`: of the numbers as float32, little-endian",
+        "dimensions": "as many as the model's hidden states have: nothing is cut off",
+        **_TURN,
+    },
+    ScoreRequest: {
+        "text": "what to score, as text or token ids",
+        "context": "what comes before it, likewise",
+        "logprobs": "with how many of the likeliest tokens in each place",
+        **_TURN,
+    },
+}
+
+
+def table(body: type[AnyRequest] = Request) -> str:
+    """A row of Markdown for each field of a request."""
+    (_,), schemas = msgspec.json.schema_components([body])
+    schema = schemas[body.__name__]["properties"]
     rows = [
-        f"| `{name}` | {_type(schema)} | {_default(schema)} | {MEANINGS[name]} |\n" for name, schema in fields.items()
+        f"| `{name}` | {_type(schema[name])} | {_default(schema[name])} | {meaning} |\n"
+        for name, meaning in FIELDS[body].items()
     ]
     return "| field | type and range | default | meaning |\n|---|---|---|---|\n" + "".join(rows)
 
@@ -99,9 +123,11 @@ def _range(schema: dict[str, Any], what: str, unit: str) -> str:
 
 
 def _default(schema: dict[str, Any]) -> str:
+    if "default" not in schema:
+        return "must be given"
     default = schema["default"]
     return "" if default is None else f"`{msgspec.json.encode(default).decode()}`"
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print("\n".join(map(table, BODIES.values())), end="")

@@ -24,6 +24,9 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 WeightsName = Literal["auto", "plain", "float32", "bfloat16", "int8"]
 
 
+#: What is made of a prompt's hidden states: their mean, or the last one.
+Pooling = Literal["mean", "last"]
+
 #: How a worker drafts that has no draft model.
 NGRAM = "ngram"
 
@@ -60,8 +63,9 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 
     Before the output has ``min_tokens`` none of ``stop_ids`` is drawn. ``bad_words`` are token sequences that are never
     completed. ``logprobs`` and ``prompt_logprobs``: each token of the output, or the prompt, is scored and so many of the
-    likeliest in its place are told; None: not at all. ``grammar``: what the output must follow, in llguidance's notation. All
-    token ids must be in the vocabulary.
+    likeliest in its place are told; None: not at all. Of the prompt that begins at position ``score_from``, which is 1 at least.
+    ``grammar``: what the output must follow, in llguidance's notation. ``pooling``: what is wanted of the prompt's hidden states,
+    if anything. All token ids must be in the vocabulary.
     """
 
     temperature: float = 0.0
@@ -80,6 +84,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str | None = None
+    score_from: int = 1
+    pooling: Pooling | None = None
 
 
 #: Of these a model may have defaults of its own.
@@ -184,7 +190,8 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     had the plan, whether there was work or not.
 
     ``scored``: of the ``tokens``, by index, those that are to be. ``prompts``: by index of a row, prompt tokens that are to be
-    scored, from the one after the row's first on.
+    scored, in order: from the one after the row's first on, or from its ``score_from`` on. ``pooled``: by index of a row, float32
+    ``[hidden_size]`` in the machine's byte order: the sum of its hidden states, or the last one once the prompt ends in it.
     """
 
     step: int
@@ -193,6 +200,7 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     waited_s: float = 0.0
     scored: dict[int, Scored] = {}
     prompts: dict[int, list[Scored]] = {}
+    pooled: dict[int, bytes] = {}
     verdicts: list[Verdict] = []
 
 
@@ -216,6 +224,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
     model_path: str
     max_model_len: int
     vocab_size: int
+    hidden_size: int
     eos_ids: list[int]
     num_blocks: int
     block_size: int

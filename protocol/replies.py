@@ -13,7 +13,9 @@ from protocol.errors import ErrorBody
 from protocol.openai import (
     ChatCompletion,
     ChatCompletionChunk,
+    EmbeddingList,
     FinishReason,
+    TextChoice,
     TextCompletion,
     ToolCallDelta,
     Usage,
@@ -53,25 +55,38 @@ class Chunk(msgspec.Struct, frozen=True, tag="chunk"):
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
-    """Terminal: the whole text, usage and timings. ``chunks`` is how many chunks were published before it.
+    """Terminal: the whole answer, usage and timings. ``chunks`` is how many chunks were published before it.
 
     Terminal messages carry ``attempt``: how many processes of the service took the request up. One that was published
     right before a crash may come again, with a higher number.
     """
 
     request_id: str
-    data: ChatCompletion | TextCompletion
+    data: ChatCompletion | TextCompletion | EmbeddingList
     timings: Timings
     chunks: int
     attempt: int = 1
 
     @property
     def text(self) -> str:
-        return self.data.choices[0].text
+        """Empty for embeddings."""
+        return "" if isinstance(self.data, EmbeddingList) else self.data.choices[0].text
+
+    @property
+    def embeddings(self) -> list[list[float]]:
+        """A vector for each text; none for other requests."""
+        return [each.vector for each in self.data.data] if isinstance(self.data, EmbeddingList) else []
+
+    @property
+    def score(self) -> TextChoice:
+        """Of a request for it: ``logprobs`` of the text's tokens, and ``cumulative_logprob``, their sum."""
+        assert isinstance(self.data, TextCompletion)
+        return self.data.choices[0]
 
     @property
     def calls(self) -> Sequence[ToolCall]:
         """The tools that the model calls."""
+        assert not isinstance(self.data, EmbeddingList)
         return self.data.choices[0].calls
 
     @property
@@ -81,12 +96,14 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
 
     @property
     def finish_reason(self) -> FinishReason:
+        assert not isinstance(self.data, EmbeddingList)
         reason = self.data.choices[0].finish_reason
         assert reason is not None
         return reason
 
     def rest(self, seq: int, text: str, calls: int) -> Chunk:
         """What was lost on the way, ``text`` and all but so many ``calls``, as one more chunk."""
+        assert not isinstance(self.data, EmbeddingList)
         data = piece(
             chat=isinstance(self.data, ChatCompletion),
             request_id=self.request_id,

@@ -5,7 +5,7 @@ named as vLLM names it; ``priority``, ``deadline_ms`` and ``refuse_late`` are ou
 is accepted only at the value that asks for nothing, so that no request is served other than as it was written.
 """
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -26,6 +26,7 @@ __all__ = [
     "Message",
     "Request",
     "StreamOptions",
+    "decode_body",
     "decode_request",
     "encode_request",
 ]
@@ -95,6 +96,11 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return self.messages is not None
 
     @property
+    def prompt_field(self) -> str:
+        """Where its prompt stands."""
+        return "messages" if self.is_chat else "prompt"
+
+    @property
     def adapter(self) -> str:
         """What ``model`` names behind a colon, or nothing."""
         return (self.model or "").partition(":")[2]
@@ -134,17 +140,24 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return self.top_logprobs or 0 if self.logprobs is True else self.logprobs
 
 
+Body = TypeVar("Body")
+
 _decoder = msgspec.json.Decoder(Request)
 
 
-def decode_request(payload: bytes) -> Request:
-    """Decode and check a request body. Raises BadRequest naming the field, and the limit where there is one."""
+def decode_body(decoder: msgspec.json.Decoder[Body], payload: bytes) -> Body:
+    """Decode a body of any kind. Raises BadRequest."""
     try:
-        request = _decoder.decode(payload)
+        return decoder.decode(payload)
     except msgspec.ValidationError as error:
         raise BadRequest.from_validation(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest("body", f"must be UTF-8 JSON: {error}") from None
+
+
+def decode_request(payload: bytes) -> Request:
+    """Decode and check a request body. Raises BadRequest naming the field, and the limit where there is one."""
+    request = decode_body(_decoder, payload)
     _check_prompt(request)
     _check_lengths(request)
     _check_logprobs(request)
@@ -206,5 +219,6 @@ def _check_constrained(request: Request) -> None:
         raise BadRequest(field, "can't be had beside tools that may be called")
 
 
-def encode_request(request: Request) -> bytes:
+def encode_request(request: msgspec.Struct) -> bytes:
+    """The body of a request of any kind."""
     return msgspec.json.encode(request)

@@ -1,6 +1,8 @@
 """The topic grammar: built and parsed here and nowhere else.
 
-    tokenbus/v1/{tenant}/req/{model}/{request_id}   tenant  -> service   a request
+    tokenbus/v1/{tenant}/req/{model}/{request_id}   tenant  -> service   a request for an answer
+    tokenbus/v1/{tenant}/embed/{model}/{request_id} tenant  -> service   one for embeddings
+    tokenbus/v1/{tenant}/score/{model}/{request_id} tenant  -> service   one for the score of a text
     tokenbus/v1/{tenant}/cancel/{request_id}        tenant  -> service   a cancellation
     tokenbus/v1/{tenant}/out/{request_id}           service -> tenant    accepted, chunks, result or error
     tokenbus/v1/{tenant}/dead/{request_id}          service -> tenant    a request that was quarantined
@@ -11,11 +13,16 @@ id) match ``[A-Za-z0-9_.-]{1,64}`` and, because the service answers under names 
 """
 
 import re
+from typing import Literal, get_args
 
 import msgspec
 
+#: What is asked for. It is a level of the topic, so the broker's ACL can tell who may.
+Kind = Literal["req", "embed", "score"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
 ROOT = "tokenbus/v1"
-REQUESTS = f"{ROOT}/+/req/#"
+REQUESTS = tuple(f"{ROOT}/+/{kind}/#" for kind in KINDS)
 CANCELS = f"{ROOT}/+/cancel/#"
 STATUS = f"{ROOT}/_svc/+/status"
 
@@ -43,6 +50,7 @@ class RequestTopic(msgspec.Struct, frozen=True):
     tenant: str
     model: str
     request_id: str
+    kind: Kind = "req"
 
 
 class CancelTopic(msgspec.Struct, frozen=True):
@@ -60,12 +68,12 @@ def _check_name(field: str, text: str) -> str:
     return text
 
 
-def request(tenant: str, model: str, request_id: str) -> str:
+def request(tenant: str, model: str, request_id: str, kind: Kind = "req") -> str:
     """Topic a tenant publishes a request on. Raises TopicError for a name outside the grammar."""
     _check_name("tenant", tenant)
     _check_name("model", model)
     _check_name("request_id", request_id)
-    return f"{ROOT}/{tenant}/req/{model}/{request_id}"
+    return f"{ROOT}/{tenant}/{kind}/{model}/{request_id}"
 
 
 def cancel(tenant: str, request_id: str) -> str:
@@ -96,14 +104,21 @@ def tenant_of(topic: str) -> str:
     return topic.split("/", 3)[2]
 
 
+def kind_of(topic: str) -> Kind | None:
+    """What a topic under the root asks for; None: nothing, it is another's."""
+    level = topic.split("/", 4)[3]
+    return next((kind for kind in KINDS if kind == level), None)
+
+
 def parse_request(topic: str) -> RequestTopic:
     """Parse a request topic. Raises TopicError naming the level at fault."""
+    kind = kind_of(topic)
     levels = topic.split("/")
-    if len(levels) != 6:
-        raise TopicError("topic", f"must be {ROOT}/<tenant>/req/<model>/<request_id>")
+    if kind is None or len(levels) != 6:
+        raise TopicError("topic", f"must be {ROOT}/<tenant>/{kind or '<kind>'}/<model>/<request_id>")
     _, _, tenant, _, model, request_id = levels
     return RequestTopic(
-        _check_name("tenant", tenant), _check_name("model", model), _check_name("request_id", request_id)
+        _check_name("tenant", tenant), _check_name("model", model), _check_name("request_id", request_id), kind
     )
 
 

@@ -42,9 +42,7 @@ class Chat:
     def prompt_tokens(self, request: Request) -> list[int]:
         """Token ids of the prompt, through the chat template for messages. Raises BadRequest."""
         if request.messages is None:
-            if isinstance(request.prompt, list):
-                return request.prompt
-            return list(self._tokenizer.encode(request.prompt or ""))
+            return self.tokens(request.prompt or "")
         tools = [msgspec.to_builtins(tool) for tool in request.offered_tools]
         if tools and "tools" not in self._template:
             raise BadRequest("tools", "this model's chat template has no place for tools")
@@ -58,6 +56,23 @@ class Chat:
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
         )
+
+    def tokens(self, text: str | list[int]) -> list[int]:
+        """The token ids of a text by itself, which may be given as those."""
+        return text if isinstance(text, list) else list(self._tokenizer.encode(text))
+
+    def text_in_context(self, text: str | list[int], context: str | list[int] | None) -> tuple[list[int], int]:
+        """The token ids of a context and the text after it, and which is the first that reaches into the text. Both are given in
+        the same way."""
+        if isinstance(text, list):
+            before = context if isinstance(context, list) else []
+            return before + text, len(before)
+        before_text = context if isinstance(context, str) else ""
+        # Together, for that is how the model knows them: a tokenizer may join, or add spaces, where a text begins.
+        encoding = self._tokenizer(before_text + text, return_offsets_mapping=True)
+        ends = [end for _, end in encoding["offset_mapping"]]
+        first = next((index for index, end in enumerate(ends) if end > len(before_text)), len(ends))
+        return list(encoding["input_ids"]), first
 
     def system_tokens(self, system: str) -> list[int]:
         """The token ids that every chat with this system message begins with. Raises BadRequest."""

@@ -1,4 +1,4 @@
-"""The command line: ``tokenbus serve | submit | demo | top | bench | simulate``."""
+"""The command line: ``tokenbus serve | submit | embed | score | demo | top | bench | simulate``."""
 
 import asyncio
 import contextlib
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 from rich.console import Console
 
-from protocol.client import Client, RequestStopped
+from protocol.client import Client
 from protocol.errors import RequestError
 from protocol.request import Message, Request
 from protocol.transport import TransportError
 from scheduler import config as configuration
 from scheduler import demo as demonstration
 from scheduler import logs, service
+from scheduler.asking import connected, embed, score, show, text_or_stdin
 from scheduler.config import Config, ConfigError
 from scheduler.console.top import top
 from scheduler.journal.entry import JournalError
@@ -171,15 +171,7 @@ async def _drain(running: service.Service, told: asyncio.Semaphore) -> None:
 
 
 @main.command()
-@click.argument("prompt", required=False)
-@click.option("--broker", default="mqtt://127.0.0.1:1883", show_default=True, help="URL of the broker.")
-@click.option("--tenant", default="default", show_default=True)
-@click.option("--username", help="The user to log in as.  [default: the tenant]")
-@click.option("--password-file", type=click.Path(path_type=Path))
-@click.option("--ca-file", type=click.Path(), help="Authorities to trust instead of the system's.")
-@click.option("--cert-file", type=click.Path(), help="The tenant's own certificate.")
-@click.option("--key-file", type=click.Path(), help="Its key, unencrypted.")
-@click.option("--model", default="smollm2", show_default=True)
+@click.argument("prompt", required=False, callback=text_or_stdin)
 @click.option("--system", help="A system message before the prompt.")
 @click.option("--max-tokens", type=int)
 @click.option("--min-tokens", type=int)
@@ -195,18 +187,11 @@ async def _drain(running: service.Service, told: asyncio.Semaphore) -> None:
 @click.option(
     "--logprobs", type=int, metavar="K", help="With --json: each token's log probability and the K likeliest."
 )
-@click.option("--priority", type=int, default=0, help="Within the tenant a higher one goes first.")
-@click.option("--deadline-ms", type=int, help="Milliseconds after which it ends, done or not.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON instead of streaming text.")
-def submit(
-    prompt: str | None,
-    broker: str,
-    tenant: str,
-    username: str | None,
-    password_file: Path | None,
-    ca_file: str | None,
-    cert_file: str | None,
-    key_file: str | None,
+@connected
+async def submit(
+    client: Client,
+    prompt: str,
     model: str,
     system: str | None,
     stop: tuple[str, ...],
@@ -215,8 +200,8 @@ def submit(
     **fields: Any,
 ) -> None:
     """Send PROMPT (or stdin) as a chat message and stream the answer."""
-    text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
-    messages = [Message("user", text)] if system is None else [Message("system", system), Message("user", text)]
+    question = Message("user", prompt)
+    messages = [question] if system is None else [Message("system", system), question]
     given = {name: value for name, value in fields.items() if value is not None}  # these options are named as fields
     request = Request(
         messages=messages,
@@ -226,31 +211,14 @@ def submit(
         stream=not as_json,
         **given,
     )
-    try:
-        client = Client(
-            broker,
-            tenant=tenant,
-            username=username or tenant,
-            password=None if password_file is None else configuration.read_password(password_file),
-            ca_file=ca_file,
-            cert_file=cert_file,
-            key_file=key_file,
-        )
-        asyncio.run(_submit(client, request, model, as_json))
-    except (ConfigError, RequestError, RequestStopped, TransportError, TimeoutError, ValueError) as error:
-        raise click.ClickException(str(error)) from None
-
-
-async def _submit(client: Client, request: Request, model: str, as_json: bool) -> None:
-    async with client:
-        stream = client.stream(request, model=model)
-        async for chunk in stream:
-            if not as_json:
-                click.echo(chunk.text, nl=False)
-        if as_json:
-            click.echo(msgspec.json.format(msgspec.json.encode(stream.result)))
-        else:
-            click.echo()
+    stream = client.stream(request, model=model)
+    async for chunk in stream:
+        if not as_json:
+            click.echo(chunk.text, nl=False)
+    if as_json:
+        show(stream.result)
+    else:
+        click.echo()
 
 
 @main.command()
@@ -276,6 +244,8 @@ def bench(name: str, arguments: tuple[str, ...]) -> None:
     raise SystemExit(subprocess.call([sys.executable, "-m", f"benchmarks.{name}", *arguments]))
 
 
+main.add_command(embed)
+main.add_command(score)
 main.add_command(simulate)
 main.add_command(top)
 

@@ -83,5 +83,5 @@ def estimate_s(pace: Pace, queue: Queue, own: Work) -> float:
     ahead_s = queue.ahead.prompt * token_s + queue.ahead.output * (fixed_s / queue.seats + token_s)
     # The prompt's last step gives the first token; from then on a full batch shares each step.
     batch = min(queue.outstanding + 1, queue.seats)
-    own_s = fixed_s + own.prompt * token_s + (own.output - 1) * (fixed_s + batch * token_s)
+    own_s = fixed_s + own.prompt * token_s + max(own.output - 1, 0) * (fixed_s + batch * token_s)
     return to_end * ahead_s / queue.share + own_s

@@ -9,6 +9,7 @@ import msgspec
 
 from protocol import openai, replies
 from protocol.errors import BadRequest
+from protocol.kinds import AnyRequest
 from protocol.openai import FinishReason, PromptLogprobs, PromptTokensDetails, TokenLogprobs, Usage
 from protocol.plan import NO_TOKEN, Scored, WorkerInfo
 from protocol.request import Request
@@ -26,17 +27,22 @@ if TYPE_CHECKING:
 
 def check_fits(request: Request, prompt: list[int], info: WorkerInfo) -> None:
     """Raises BadRequest for unknown tokens or too many of them."""
-    if not prompt:
-        raise BadRequest("prompt", "must hold at least one token")
-    # One unknown id would fail the forward pass of everyone in its batch.
-    unknown = next((index for index, token in enumerate(prompt) if token >= info.vocab_size), None)
-    if unknown is not None:
-        raise BadRequest(f"prompt[{unknown}]", f"must be a token id below {info.vocab_size}")
+    check_tokens("prompt", prompt, info)
     room = info.max_model_len - len(prompt)
     wanted = request.output_limit
     if room < 1 or (wanted is not None and wanted > room):
         raise context_exceeded(request, prompt, f"the context of {info.max_model_len} tokens")
     check_sampling(request, room, info)
+
+
+def check_tokens(field: str, tokens: list[int], info: WorkerInfo) -> None:
+    """Raises BadRequest for none at all, or for unknown ones."""
+    if not tokens:
+        raise BadRequest(field, "must hold at least one token")
+    # One unknown id would fail the forward pass of everyone in its batch.
+    unknown = next((index for index, token in enumerate(tokens) if token >= info.vocab_size), None)
+    if unknown is not None:
+        raise BadRequest(f"{field}[{unknown}]", f"must be a token id below {info.vocab_size}")
 
 
 def check_adapter(name: str, info: WorkerInfo) -> None:
@@ -45,17 +51,16 @@ def check_adapter(name: str, info: WorkerInfo) -> None:
         raise BadRequest("model", f"there is no adapter {name!r} here", "model_not_found")
 
 
-def context_exceeded(request: Request, prompt: list[int], limit: str) -> BadRequest:
+def context_exceeded(request: AnyRequest, prompt: list[int], limit: str) -> BadRequest:
     """What a request with a prompt over this limit, or with the tokens it asks for, is refused with."""
     wanted = request.output_limit
-    asked = f"{len(prompt)} prompt tokens" + ("" if wanted is None else f" and max_tokens = {wanted}")
-    field = "messages" if request.is_chat else "prompt"
-    return BadRequest(field, f"{asked} are over {limit}", "context_length_exceeded")
+    asked = f"{len(prompt)} prompt tokens" + (f" and max_tokens = {wanted}" if wanted else "")
+    return BadRequest(request.prompt_field, f"{asked} are over {limit}", "context_length_exceeded")
 
 
 def sequence_for(entry: Entry, info: WorkerInfo, tokenizer: "Tokenizer") -> Sequence:
     """What the batcher is to run for a request, from where it is. Raises BadRequest as ``check_fits``."""
-    request = entry.request
+    request = _asked(entry)
     check_adapter(request.adapter, info)
     check_fits(request, entry.prompt, info)
     return Sequence(
@@ -110,7 +115,8 @@ class Generation:
     @classmethod
     def of(cls, entry: Entry, chat: Chat, accepted_at: float) -> Self:
         """The generation of an entry, with the pieces that were journalled for it."""
-        tools = chat.tool_parser(entry.request, entry.id)
+        request = _asked(entry)
+        tools = chat.tool_parser(request, entry.id)
         generation = cls(
             entry=entry,
             accepted_at=accepted_at,
@@ -118,7 +124,7 @@ class Generation:
             detokenizer=Detokenizer(
                 chat.backend, entry.prompt, keep_special=tools is not None and tools.format.is_special
             ),
-            stops=StopStrings(entry.request.stop_strings, include=entry.request.include_stop_str_in_output),
+            stops=StopStrings(request.stop_strings, include=request.include_stop_str_in_output),
             tools=tools,
         )
         for record in entry.records:
@@ -130,15 +136,23 @@ class Generation:
         return generation
 
     @property
+    def request(self) -> Request:
+        return _asked(self.entry)
+
+    @property
+    def sequence_ids(self) -> tuple[str, ...]:
+        return (self.entry.id,)
+
+    @property
     def streams(self) -> bool:
-        return self.entry.request.stream
+        return self.request.stream
 
     def push(self, token: Token, at: float, finish: FinishReason | None) -> FinishReason | None:
         """Take one token; says why the generation ends, which a stop string may decide before the batcher does."""
         if self.completion_tokens == 0:
             self.first_token_at = at
         self.last_token_at = at
-        if finish == "stop" and not self.entry.request.include_stop_str_in_output:
+        if finish == "stop" and not self.request.include_stop_str_in_output:
             self.completion_tokens += 1
         else:
             self._take(token)
@@ -164,10 +178,10 @@ class Generation:
         before = self._said(self.cuts[number])
         said = self._said(self.cuts[number + 1], complete=reason is not None)
         data = openai.piece(
-            chat=self.entry.request.is_chat,
+            chat=self.request.is_chat,
             request_id=self.entry.request_id,
             created=int(self.entry.accepted_at),
-            model=self.entry.request.model or self.entry.model,
+            model=self.request.model or self.entry.model,
             text=said.content[len(before.content) :],
             reason=_reason(reason, said) if reason else None,
             first=number == 0,
@@ -186,10 +200,10 @@ class Generation:
         prompt_tokens = len(self.entry.prompt)
         said = self._said(len(self.text), complete=True)
         data = openai.answer(
-            chat=self.entry.request.is_chat,
+            chat=self.request.is_chat,
             request_id=self.entry.request_id,
             created=int(self.entry.accepted_at),
-            model=self.entry.request.model or self.entry.model,
+            model=self.request.model or self.entry.model,
             text=said.content,
             reason=_reason(reason, said),
             calls=said.calls,
@@ -228,7 +242,7 @@ class Generation:
 
     def _scan(self, text: str) -> None:
         self._decoded += len(text)
-        self.text += self.stops.push(text, search=self.completion_tokens > self.entry.request.min_tokens)
+        self.text += self.stops.push(text, search=self.completion_tokens > self.request.min_tokens)
 
     @property
     def _end(self) -> int | None:
@@ -236,18 +250,23 @@ class Generation:
         return len(self.text) if self.stops.stopped else None
 
     def _logprobs(self, start: int, end: int | None) -> TokenLogprobs | None:
-        if self.entry.request.num_logprobs is None:
+        if self.request.num_logprobs is None:
             return None
         return self.scored.between(start, end, self.tokenizer)
 
     def _prompt_logprobs(self) -> PromptLogprobs | msgspec.UnsetType:
-        if self.entry.request.prompt_logprobs is None:
+        if self.request.prompt_logprobs is None:
             return msgspec.UNSET
         return prompt_logprobs(self.entry.prompt, self.scored_prompt, self.tokenizer)
 
     def _close_piece(self) -> None:
         self._uncut = []
         self.cuts.append(len(self.text))
+
+
+def _asked(entry: Entry) -> Request:
+    assert isinstance(entry.request, Request)
+    return entry.request
 
 
 def _reason(reason: FinishReason, said: Said) -> FinishReason:

@@ -53,8 +53,9 @@ class StepReport:
     since there was work; it is negative when that result was read late. ``waited_s``: how long the worker had waited for the plan
     while there was work. ``prefill_tokens`` were computed; ``starts`` says how many tokens the prefix cache spared those who ran
     for the first time. ``accepted``: drafts of each verification that drafted any. ``scored`` are those of the events' tokens
-    that were to be, ``prompts`` prompt tokens from a position on, both by sequence. ``ok`` is false for a step that failed.
-    ``plan_s``: how long it took to plan. ``charges``: service units that tenants were charged since the report before.
+    that were to be, ``prompts`` prompt tokens from a position on, ``pooled`` what is made of the hidden states from a position
+    on, all by sequence. ``prefills`` wanted no more than their prompts computed, and have ended. ``ok`` is false for a step that
+    failed. ``plan_s``: how long it took to plan. ``charges``: service units that tenants were charged since the report before.
     """
 
     step: int
@@ -83,6 +84,8 @@ class StepReport:
     events: list[TokenEvent] = field(default_factory=list)
     scored: dict[str, Scored] = field(default_factory=dict)
     prompts: dict[str, tuple[int, list[Scored]]] = field(default_factory=dict)
+    pooled: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    prefills: list[str] = field(default_factory=list)
     given_up: list[Failure] = field(default_factory=list)
     charges: dict[str, float] = field(default_factory=dict)
 
@@ -248,9 +251,9 @@ class Engine:
             accepted=[verdict.accepted for verdict in result.verdicts if verdict.drafted],
             events=events,
             scored={draft.samplers[index].id: scored for index, scored in result.scored.items()},
-            prompts={
-                draft.owners[row][0].id: (draft.rows[row].start + 1, part) for row, part in result.prompts.items()
-            },
+            prompts={draft.owners[row][0].id: (draft.first_scored(row), part) for row, part in result.prompts.items()},
+            pooled={draft.owners[row][0].id: (draft.rows[row].start, part) for row, part in result.pooled.items()},
+            prefills=[sequence.id for sequence in draft.prefills],
         )
 
     def _fail(self, error: str, *, crashed: bool) -> None:
@@ -294,6 +297,8 @@ class Engine:
         events: list[TokenEvent] | None = None,
         scored: dict[str, Scored] | None = None,
         prompts: dict[str, tuple[int, list[Scored]]] | None = None,
+        pooled: dict[str, tuple[int, bytes]] | None = None,
+        prefills: list[str] | None = None,
         given_up: list[Failure] | None = None,
     ) -> None:
         batcher, draft, now = self.batcher, step.draft, self._clock()
@@ -327,6 +332,8 @@ class Engine:
                 events=events or [],
                 scored=scored or {},
                 prompts=prompts or {},
+                pooled=pooled or {},
+                prefills=prefills or [],
                 given_up=given_up or [],
                 charges=batcher.queue.take_charges(),
             )

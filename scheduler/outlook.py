@@ -103,7 +103,8 @@ class Outlook:
             return
         left_s = entry.expires_at - now
         # Where no limit is given nobody can say more than when the answer begins.
-        own = Work(len(entry.prompt), entry.request.output_limit or 1)
+        limit = entry.request.output_limit
+        own = Work(len(entry.prompt), 1 if limit is None else limit)
         needed_s = estimate_s(self._pace, self._queue(entry, before), own)
         if needed_s > left_s:
             raise DeadlineUnreachable(left_ms=max(round(1000 * left_s), 0), estimate_ms=round(1000 * needed_s))
@@ -122,4 +123,5 @@ class Outlook:
 
     def _work(self, entry: Entry) -> Work:
         """All of it; who gave no limit is taken to generate as much as others did who gave none."""
-        return Work(len(entry.prompt), entry.request.output_limit or round(self._usual_output))
+        limit = entry.request.output_limit
+        return Work(len(entry.prompt), round(self._usual_output) if limit is None else limit)

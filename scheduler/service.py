@@ -16,10 +16,10 @@ from scheduler.console.activity import Activity
 from scheduler.console.server import PREFIX, console_for
 from scheduler.core import policies
 from scheduler.fleet import Fleet
-from scheduler.generation import sequence_for
 from scheduler.http import HttpServer, tls_context
 from scheduler.journal.entry import Entry, Journal
 from scheduler.journal.postgres import PostgresJournal
+from scheduler.kinds import sequences_for
 from scheduler.loop import Engine
 from scheduler.metrics.fairness import FairnessCollector
 from scheduler.metrics.series import Metrics
@@ -308,8 +308,8 @@ def _turns(
         return len(egress) / max_running
 
     def cached(entry: Entry) -> float:
-        sequence = sequence_for(entry, engine.info, chat.backend)
-        return engine.batcher.pool.cached_len(sequence) / sequence.prompt_len
+        sequences = sequences_for(entry, chat, engine.info)
+        return sum(map(engine.batcher.pool.cached_len, sequences)) / len(entry.prompt)
 
     number = journal.number if isinstance(journal, PostgresJournal) else 0
     return Turns(number, load, cached), load

@@ -7,20 +7,20 @@ from typing import Protocol
 
 from protocol.replies import Terminal
 from scheduler.config import ConfigError, TracingConfig
-from scheduler.generation import Generation
+from scheduler.kinds import Run
 
 
 class Tracing(Protocol):
     """Hears of every request that began here, once, when it ends."""
 
-    def ended(self, generation: Generation, reply: Terminal, delivered: asyncio.Task[None]) -> None:
+    def ended(self, run: Run, reply: Terminal, delivered: asyncio.Task[None]) -> None:
         """``delivered`` is done when the broker has the reply."""
 
 
 class NoTracing:
     """Off."""
 
-    def ended(self, generation: Generation, reply: Terminal, delivered: asyncio.Task[None]) -> None:
+    def ended(self, run: Run, reply: Terminal, delivered: asyncio.Task[None]) -> None:
         pass
 
 

@@ -93,6 +93,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
     runner = Runner(
         model.module,
         backend,
+        hidden=model.hidden,
         grammars=Grammars(model.path, model.vocab_size, model.eos_ids),
         max_running=config.max_running,
         max_model_len=max_model_len,
@@ -103,6 +104,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         model_path=str(model.path),
         max_model_len=max_model_len,
         vocab_size=model.vocab_size,
+        hidden_size=model.hidden.size,
         eos_ids=model.eos_ids,
         num_blocks=num_blocks,
         block_size=config.block_size,

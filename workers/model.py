@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from protocol.plan import MODEL_DEFAULTS, Sampling
 from workers.attention import Attributes, LayerShape
 from workers.bridge import NAME, attending
+from workers.hidden import HiddenStates
 from workers.weights import DEMO, demo_model
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -33,6 +34,7 @@ class Model:
     attributes: list[Attributes]
     max_model_len: int
     vocab_size: int
+    hidden: HiddenStates
     eos_ids: list[int]
     sampling: Sampling
 
@@ -76,7 +78,8 @@ def adopt(module: PreTrainedModel, path: Path, max_model_len: int | None = None)
     module.set_attn_implementation(NAME)
     if module.config._attn_implementation != NAME:  # noqa: SLF001 - set_attn_implementation only warns
         raise ModelRefused(f"{config.model_type} does not route its attention through AttentionInterface")
-    layers, attributes = _probe(module)
+    hidden = HiddenStates(module)
+    layers, attributes = _probe(module, hidden)
     longest = config.max_position_embeddings
     eos = module.generation_config.eos_token_id if module.generation_config else config.eos_token_id
     return Model(
@@ -86,6 +89,7 @@ def adopt(module: PreTrainedModel, path: Path, max_model_len: int | None = None)
         attributes=attributes,
         max_model_len=min(longest, max_model_len or longest),
         vocab_size=config.vocab_size,
+        hidden=hidden,
         eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
         sampling=_sampling(module.generation_config),
     )
@@ -134,16 +138,28 @@ class _Probe:
         return value.repeat_interleave(shape.query_heads // shape.kv_heads, dim=1)
 
 
-def _probe(module: PreTrainedModel) -> tuple[list[LayerShape], list[Attributes]]:
+def _probe(module: PreTrainedModel, hidden: HiddenStates) -> tuple[list[LayerShape], list[Attributes]]:
     probe = _Probe()
     ids = torch.zeros(1, 2, dtype=torch.int64, device=module.device)
     with torch.inference_mode(), attending(probe):
-        module(input_ids=ids, position_ids=torch.arange(2, device=module.device)[None], use_cache=False)
+        output = module(input_ids=ids, position_ids=torch.arange(2, device=module.device)[None], use_cache=False)
     expected = module.config.get_text_config().num_hidden_layers
     if sorted(probe.seen) != list(range(expected)):
         raise ModelRefused(
             f"{module.config.model_type}: {len(probe.seen)} of {expected} layers called AttentionInterface; "
             "the others would keep no keys and values"
         )
+    _check_head(hidden, output.logits[0])
     seen = [probe.seen[layer] for layer in range(expected)]
     return [shape for shape, _ in seen], [attributes for _, attributes in seen]
+
+
+@torch.inference_mode()
+def _check_head(hidden: HiddenStates, logits: Tensor) -> None:
+    """What embeddings and scores rely on: nothing but its decoder's output makes a model's logits. Raises ModelRefused."""
+    try:
+        same = torch.allclose(hidden.logits(hidden.newest()), logits)
+    except (AttributeError, TypeError, RuntimeError):
+        same = False
+    if not same:
+        raise ModelRefused("the model's logits aren't made of its decoder's last hidden states alone")

@@ -1,8 +1,8 @@
 """Executes one plan: ragged inputs, one forward pass over all rows, one sampled token for each row that asks for it.
 
 Where a plan lets the worker speculate, the drafts stand in the slot's history behind its last token, so they are computed like
-any other tokens; each place is sampled as if it were the last. Logits are kept where a token is sampled, and where a prompt's
-tokens are scored.
+any other tokens; each place is sampled as if it were the last. Logits are made where a token is sampled and, a few at a time,
+where a prompt's tokens are scored.
 """
 
 import time
@@ -17,7 +17,9 @@ from workers.attention import AttentionBackend, Attributes
 from workers.bridge import attending
 from workers.drafts import Drafter, judge
 from workers.grammar import Grammars, Mask
+from workers.hidden import HiddenStates
 from workers.lora import Adapters
+from workers.pooling import Poolings
 from workers.sampler import Sampler
 from workers.scores import Scores, Stretch
 from workers.slots import Inputs, Slots
@@ -54,6 +56,7 @@ class Runner:
         module: PreTrainedModel,
         backend: AttentionBackend,
         *,
+        hidden: HiddenStates,
         grammars: Grammars,
         max_running: int,
         max_model_len: int,
@@ -66,7 +69,9 @@ class Runner:
         self._backend = backend
         self._slots = Slots(max_running, blocks, backend.block_size, backend.device)
         self._sampler = Sampler(max_running, backend.device)
+        self._hidden = hidden
         self._scores = Scores()
+        self._poolings = Poolings()
         self._grammars = grammars
         self._drafter = drafter
         self._adapters = adapters
@@ -85,15 +90,14 @@ class Runner:
             self._adapters.use(*_slots_and_lengths(plan, drafted))
         drawn = _drawn(plan, drafted, inputs)
         mask = self._grammars.mask(_sampled(plan))
-        stretches = self._scores.stretches(plan)
-        keep = torch.cat([drawn, *(stretch.kept(drawn.device) for stretch in stretches)])
-        logits = forward(self._module, self._backend, inputs, keep)
-        count = len(drawn)
-        sampled = self._sample(plan, drafted, inputs, drawn, logits[:count], mask) if count else ([], {}, [])
+        logits = forward(self._module, self._backend, inputs, drawn)
+        hidden = self._hidden.newest()
+        sampled = self._sample(plan, drafted, inputs, drawn, logits, mask) if len(drawn) else ([], {}, [])
         tokens, scored, verdicts = sampled
-        prompts = self._score(stretches, logits[count:])
+        pooled = self._poolings.pool(plan, hidden)
+        prompts = self._score(self._scores.stretches(plan), hidden)
         seconds = self._clock() - begun
-        return StepResult(plan.step, tokens, seconds, scored=scored, prompts=prompts, verdicts=verdicts)
+        return StepResult(plan.step, tokens, seconds, scored=scored, prompts=prompts, pooled=pooled, verdicts=verdicts)
 
     def _admit(self, plan: StepPlan) -> None:
         """Take in what the plan says of slots and their blocks."""
@@ -101,6 +105,7 @@ class Runner:
             self._slots.admit(admission)
             self._sampler.assign(admission.slot, admission.sampling)
             self._scores.assign(admission)
+            self._poolings.assign(admission)
             self._grammars.assign(admission)
             if self._adapters:
                 self._adapters.assign(admission.slot, admission.adapter)
@@ -130,12 +135,10 @@ class Runner:
         told = sampled[:plain] if mask is None else self._grammars.advance(mask, sampled[:plain])
         return told, scored, self._judge(plan, drafted, sampled[plain:], computed[plain:])
 
-    def _score(self, stretches: list[Stretch], logits: Tensor) -> dict[int, list[Scored]]:
-        """The logits of all stretches, one after the other."""
-        parts = logits.split([stretch.length for stretch in stretches]) if stretches else ()
+    def _score(self, stretches: list[Stretch], hidden: Tensor) -> dict[int, list[Scored]]:
         return {
-            stretch.row: stretch.score(part, self._slots.tokens[stretch.slot])
-            for stretch, part in zip(stretches, parts, strict=True)
+            stretch.row: stretch.score(hidden, self._hidden.logits, self._slots.tokens[stretch.slot])
+            for stretch in stretches
         }
 
     def _judge(self, plan: StepPlan, drafted: list[int], sampled: list[int], computed: list[int]) -> list[Verdict]:

@@ -1,5 +1,6 @@
 """Log probabilities of tokens, for the slots that ask: of those that are sampled, and of those of the prompt."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from protocol.plan import Admission, Scored, StepPlan
 
 #: What OpenAI's API says for "very unlikely": infinity and what is no number have no place in JSON.
 _LEAST = -9999.0
+#: Places of a prompt whose logits are in memory at once.
+_AT_ONCE = 64
 
 
 def score(logits: Tensor, tokens: Tensor, most: list[int]) -> list[Scored]:
@@ -28,7 +31,8 @@ def score(logits: Tensor, tokens: Tensor, most: list[int]) -> list[Scored]:
 @dataclass(frozen=True, slots=True)
 class Stretch:
     """Prompt tokens to be scored in a step: those after each of the ``length`` positions from ``start`` on, which are in the
-    plan's row ``row`` and begin at ``offset`` among all that the step computes. ``most``: how many of the likeliest to tell."""
+    plan's row ``row`` and begin at ``offset`` among all that the step computes. ``most``: how many of the likeliest to tell.
+    """
 
     row: int
     slot: int
@@ -37,14 +41,15 @@ class Stretch:
     offset: int
     most: int
 
-    def kept(self, device: torch.device) -> Tensor:
-        """Where its logits come from: int64 ``[length]``."""
-        return torch.arange(self.offset, self.offset + self.length, device=device)
-
-    def score(self, logits: Tensor, history: Tensor) -> list[Scored]:
-        """From its logits ``[length, V]`` and its slot's tokens."""
-        tokens = history[self.start + 1 : self.start + 1 + self.length].long()
-        return score(logits, tokens, [self.most] * self.length)
+    def score(self, hidden: Tensor, head: Callable[[Tensor], Tensor], history: Tensor) -> list[Scored]:
+        """From the step's hidden states ``[T, H]``, what makes logits of some, and its slot's tokens."""
+        places = hidden[self.offset : self.offset + self.length].split(_AT_ONCE)
+        tokens = history[self.start + 1 : self.start + 1 + self.length].long().split(_AT_ONCE)
+        return [
+            scored
+            for states, after in zip(places, tokens, strict=True)
+            for scored in score(head(states), after, [self.most] * len(after))
+        ]
 
 
 class Scores:
@@ -52,7 +57,7 @@ class Scores:
 
     def __init__(self) -> None:
         self._output: dict[int, int] = {}
-        self._prompt: dict[int, tuple[int, int]] = {}
+        self._prompt: dict[int, tuple[int, int, int]] = {}
 
     def assign(self, admission: Admission) -> None:
         """The slot's new sequence has these parameters."""
@@ -62,7 +67,7 @@ class Scores:
         if sampling.logprobs is not None:
             self._output[slot] = sampling.logprobs
         if sampling.prompt_logprobs is not None:
-            self._prompt[slot] = sampling.prompt_logprobs, admission.prompt_len
+            self._prompt[slot] = sampling.prompt_logprobs, sampling.score_from - 1, admission.prompt_len - 1
 
     def sampled(self, logits: Tensor, slots: list[int], tokens: Tensor) -> dict[int, Scored]:
         """Of one sampled token per row those that are asked for, by row: logits ``[n, V]``, tokens int64 ``[n]``."""
@@ -80,9 +85,10 @@ class Scores:
         found = []
         offset = len(plan.decodes)
         for number, row in enumerate(plan.rows):
-            most, prompt_len = self._prompt.get(row.slot, (0, 0))
-            length = min(row.length, prompt_len - 1 - row.start)
+            most, first, end = self._prompt.get(row.slot, (0, 0, 0))
+            start = max(row.start, first)
+            length = min(row.start + row.length, end) - start
             if length > 0:
-                found.append(Stretch(number, row.slot, row.start, length, offset, most))
+                found.append(Stretch(number, row.slot, start, length, offset + start - row.start, most))
             offset += row.length
         return found

@@ -55,7 +55,8 @@ class Speculator:
 class Draft:
     """A step in the making, then in flight. ``decoders``: whose the ``decodes`` are; ``owners``: whose each row is, and the
     blocks that it had then; ``speculators``: whose the ``verifications`` are; ``samplers``: whose each sampled token will be.
-    ``drafted``: tokens that each verification may have drafted, then has.
+    ``drafted``: tokens that each verification may have drafted, then has. ``prefills``: whose prompts this step completes and who
+    want no more; once it is applied, who ended by it.
 
     ``context``: how many positions the decodes see. ``prefilled``: tokens of prompts. ``started``: who runs for the first time.
     """
@@ -71,6 +72,7 @@ class Draft:
     speculators: list[Speculator] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
     samplers: list[Sequence] = field(default_factory=list)
+    prefills: list[Sequence] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
     context: int = 0
     prefilled: int = 0
@@ -112,6 +114,10 @@ class Draft:
         """Who runs for the first time, and how many tokens of its prompt the prefix cache spares."""
         return {sequence.id: sequence.cached for sequence in self.started}
 
+    def first_scored(self, row: int) -> int:
+        """Which position of a prompt is the first that one of the rows scores."""
+        return max(self.rows[row].start + 1, self.owners[row][0].sampling.score_from)
+
     def ends(self) -> list[tuple[Sequence, int]]:
         """Up to where it computes each sequence at least, as long as it is the oldest in flight."""
         decoders = self.decoders + [speculator.sequence for speculator in self.speculators]
@@ -126,7 +132,8 @@ _LEAST_OF_PROMPTS = 16
 
 class Batch:
     """What policies act on. ``running`` holds who runs, the oldest first: who is ``decoding`` has one token to compute in the
-    next step, who is ``prefilling`` may have more. ``adapters``: how many run with each. ``draft`` is the step in the making."""
+    next step, who is ``prefilling`` may have more, who is neither ends with a step in flight. ``adapters``: how many run with
+    each. ``draft`` is the step in the making."""
 
     def __init__(self, limits: Limits, pool: BlockPool, queue: FairQueue, speculation: Speculation | None) -> None:
         self.limits = limits
@@ -164,8 +171,7 @@ class Batch:
 
     def admit(self, sequence: Sequence, tokens: int | None = None) -> None:
         """Give a waiting sequence a slot, and blocks for ``tokens``, by default those it has. Raises OutOfBlocks."""
-        if sequence.sampling.prompt_logprobs is None:  # else all of it must be computed
-            self.pool.reuse(sequence)
+        self.pool.reuse(sequence)
         needed = self.pool.blocks_for(len(sequence.tokens) if tokens is None else tokens)
         self.pool.grow(sequence, needed - len(sequence.blocks))
         self.counters.cached_tokens += sequence.computed
@@ -226,11 +232,15 @@ class Batch:
             self._verify(sequence, drafts)
 
     def prefill(self, sequence: Sequence, length: int) -> None:
-        """Compute ``length`` more of its tokens; with the last one it decodes from then on."""
+        """Compute ``length`` more of its tokens; with the last one it decodes from then on, if it is to generate any."""
         self.draft.prefilled += length
         self._add_row(sequence, length)
         if sequence.computed == len(sequence.tokens):
-            self.decoding[sequence.id] = self.prefilling.pop(sequence.id)
+            del self.prefilling[sequence.id]
+            if sequence.generates:
+                self.decoding[sequence.id] = sequence
+            else:
+                self.draft.prefills.append(sequence)
 
     def retract(self, draft: Draft) -> None:
         """Undo a step in flight; the blocks stay with their owners. What the worker took in of it is anyone's guess."""
@@ -247,7 +257,7 @@ class Batch:
             if sequence.blocks is blocks and sequence.state is State.RUNNING:
                 sequence.computed = row.start
                 sequence.untell()
-                if sequence.uncomputed > 1:
+                if sequence.uncomputed > 1 or not sequence.generates:
                     self.prefilling[sequence.id] = sequence
                     self.decoding.pop(sequence.id, None)
 
@@ -307,7 +317,7 @@ class Batch:
             draft.admissions.append(admission)
         start = sequence.computed
         sequence.computed += length
-        samples = sequence.computed == len(sequence.tokens) + sequence.unseen
+        samples = sequence.generates and sequence.computed == len(sequence.tokens) + sequence.unseen
         draft.rows.append(Row(sequence.slot, start, length, sequence.take_new_blocks(), samples))
         draft.owners.append((sequence, sequence.blocks))
         draft.budget -= length

@@ -142,6 +142,8 @@ class Batcher:
         for (sequence, blocks), row in zip(due.owners, due.rows, strict=True):
             if sequence.blocks is blocks:
                 self.pool.remember(sequence, row.start + row.length)
+        if due.prefills:
+            self._complete(due)
         verified = self._judge(due, verdicts) if verdicts else ()
         return self._accept(chain(zip(due.samplers, tokens, strict=True), verified))
 
@@ -188,6 +190,12 @@ class Batcher:
                 sequence.failures = 0
                 self._failing.discard(sequence.id)
         self._failing &= self._sequences.keys()
+
+    def _complete(self, passed: Draft) -> None:
+        """End those who wanted no more than their prompt computed."""
+        passed.prefills = [sequence for sequence in passed.prefills if sequence.state is not State.ENDED]
+        for sequence in passed.prefills:
+            self.end(sequence.id)
 
     def _judge(self, passed: Draft, verdicts: Items[Verdict]) -> list[tuple[Sequence, int]]:
         """Roll back what was rejected; returns the tokens that are left, and whose they are."""

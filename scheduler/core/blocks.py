@@ -79,10 +79,10 @@ class BlockPool:
         sequence.room = len(sequence.blocks) * self.block_size
 
     def reuse(self, sequence: Sequence) -> None:
-        """Give a sequence without blocks those that hold its beginning, up to but for its last token, which must be computed."""
+        """Give a sequence without blocks those that hold its beginning, as far as it can do without computing it."""
         if self._prefixes is None:
             return
-        most = (len(sequence.tokens) - 1) // self.block_size
+        most = sequence.reusable_len // self.block_size
         while sequence.known_blocks < most:
             block = self._prefixes.find(sequence.node, *self._content(sequence, sequence.known_blocks))
             if block is None:
@@ -100,7 +100,7 @@ class BlockPool:
             return 0
         sequence.public_len = self.public_len(sequence.tokens)
         node, known = 0, 0
-        for index in range((len(sequence.tokens) - 1) // self.block_size):
+        for index in range(sequence.reusable_len // self.block_size):
             block = self._prefixes.find(node, *self._content(sequence, index))
             if block is None:
                 break

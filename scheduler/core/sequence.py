@@ -1,4 +1,4 @@
-"""One generation: its tokens, where their KV lies, how far it is computed, and why it ended."""
+"""One sequence: its tokens, where their KV lies, how far it is computed, and why it ended."""
 
 from collections.abc import Iterable
 from enum import Enum
@@ -19,7 +19,8 @@ class State(Enum):
 
 
 class Sequence:
-    """``tokens`` is the prompt, then every generated token seen so far.
+    """``tokens`` is the prompt, then every generated token seen so far. With ``max_tokens`` 0 there will be none: it is only
+    prefilled, and has ended when its prompt is computed.
 
     ``computed`` counts the leading positions whose KV is computed or planned; ``unseen`` the tokens a planned step will
     sample (0 or 1 with one step in flight at a time, up to one more per step planned ahead). ``room``: tokens that its blocks
@@ -84,8 +85,8 @@ class Sequence:
         deadline: float = inf,
         adapter: str = "",
     ) -> None:
-        if not prompt or max_tokens < 1:
-            raise ValueError("a sequence needs at least one prompt token and one token to generate")
+        if not prompt or max_tokens < 0:
+            raise ValueError("a sequence needs at least one prompt token, and can't generate less than none")
         self.id = id
         self.tenant = tenant
         self.priority = priority
@@ -155,6 +156,20 @@ class Sequence:
     def output(self) -> list[int]:
         """The generated tokens seen so far."""
         return self.tokens[self.prompt_len :]
+
+    @property
+    def generates(self) -> bool:
+        return self.max_tokens > 0
+
+    @property
+    def reusable_len(self) -> int:
+        """With how many positions computed before, by whomever, it can do without: its last token must be computed, and whatever
+        else is to be scored or pooled."""
+        if self.sampling.pooling == "mean":
+            return 0
+        if self.sampling.prompt_logprobs is not None:
+            return min(self.sampling.score_from, len(self.tokens)) - 1
+        return len(self.tokens) - 1
 
     @property
     def planned_len(self) -> int:

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import msgspec
 
+from protocol.kinds import AnyRequest
 from protocol.plan import Scored
-from protocol.request import Request
 
 #: A generated token, with its scores where the request asks for log probabilities.
 Token = int | Scored
@@ -37,12 +37,13 @@ class Entry(msgspec.Struct, kw_only=True):
     """``id`` is ``tenant/request_id``. ``accepted_at`` and ``expires_at`` are in Unix seconds; None: never.
 
     ``attempt`` counts the processes that took it up, ``trials`` those that died while it ran alone for that reason.
+    ``splits`` says where in the prompt another text begins: the next one to be embedded, or the one to be scored.
     ``records`` holds the generated tokens, one list for each piece that was published. ``reply`` is the terminal message.
     """
 
     id: str
     model: str
-    request: Request
+    request: AnyRequest
     prompt: list[int]
     seed: int
     accepted_at: float
@@ -50,6 +51,7 @@ class Entry(msgspec.Struct, kw_only=True):
     expires_at: float | None = None
     attempt: int = 1
     trials: int = 0
+    splits: list[int] = []
     records: list[list[Token]] = []
     reply: bytes | None = None
 
@@ -77,7 +79,7 @@ class Taken(msgspec.Struct, frozen=True):
     ours: bool = True
 
 
-def digest(model: str, request: Request) -> bytes:
+def digest(model: str, request: AnyRequest) -> bytes:
     """What makes two requests the same: the model and every field, however they were written."""
     return hashlib.sha256(msgspec.msgpack.encode((model, request), order="deterministic")).digest()
 

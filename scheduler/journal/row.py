@@ -4,7 +4,9 @@ from collections.abc import Iterable
 
 import msgspec
 
+from protocol.kinds import BODIES, AnyRequest, kind_of
 from protocol.request import Request
+from protocol.topics import Kind
 from scheduler.journal.entry import Entry, Listener, Token
 
 encode = msgspec.msgpack.encode
@@ -16,17 +18,22 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     """What only the running of a request needs."""
 
     model: str
-    request: Request
+    request: msgspec.Raw
     prompt: list[int]
     seed: int
     expires_at: float | None = None  # not in files of the first release
+    kind: Kind = "req"  # nor are these
+    splits: list[int] = []
 
 
 _decode_body = msgspec.msgpack.Decoder(_Body).decode
+_ENDED = _Body("", msgspec.Raw(encode(Request())), [], 0)
 
 
 def body_of(entry: Entry) -> bytes:
-    return encode(_Body(entry.model, entry.request, entry.prompt, entry.seed, entry.expires_at))
+    request = msgspec.Raw(encode(entry.request))
+    kind = kind_of(entry.request)
+    return encode(_Body(entry.model, request, entry.prompt, entry.seed, entry.expires_at, kind, entry.splits))
 
 
 def load(row: tuple[str, float, int, int, bytes, bytes | None, bytes | None], records: Iterable[bytes]) -> Entry:
@@ -36,16 +43,18 @@ def load(row: tuple[str, float, int, int, bytes, bytes | None, bytes | None], re
     """
     id, accepted_at, attempt, trials, listeners, body, reply = row
     # A request that has ended is only to be told so: its body is gone.
-    parts = _decode_body(body) if body is not None else _Body("", Request(), [], 0)
+    parts = _ENDED if body is None else _decode_body(body)
+    request: AnyRequest = msgspec.msgpack.decode(parts.request, type=BODIES[parts.kind])
     return Entry(
         id=id,
         model=parts.model,
-        request=parts.request,
+        request=request,
         prompt=parts.prompt,
         seed=parts.seed,
         accepted_at=accepted_at,
         listeners=_decode_listeners(listeners),
         expires_at=parts.expires_at,
+        splits=parts.splits,
         attempt=attempt,
         trials=trials,
         records=[_decode_tokens(tokens) for tokens in records],

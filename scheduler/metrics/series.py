@@ -17,7 +17,7 @@ _DRAFTS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 #: How an accepted request may end.
-OUTCOMES = ("stop", "length", "cancelled", "expired", "error", "taken_over")
+OUTCOMES = ("stop", "length", "computed", "cancelled", "expired", "error", "taken_over")
 _WASTED = ("recompute", "cancelled", "ended", "speculation")
 
 

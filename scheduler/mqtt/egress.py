@@ -12,14 +12,17 @@ from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Termin
 from scheduler.admission import Admission
 from scheduler.chat import Chat
 from scheduler.console.activity import Activity
+from scheduler.core.batcher import TokenEvent
 from scheduler.core.sequence import FinishReason
 from scheduler.deadlines import Deadlines
-from scheduler.generation import Generation, sequence_for
+from scheduler.generation import Generation
 from scheduler.journal.entry import Entry, Journal, Listener, Token
+from scheduler.kinds import Run, run_of, sequences_for
 from scheduler.loop import Engine, Failure, StepReport
 from scheduler.metrics.series import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.outlook import Outlook
+from scheduler.prefill import EmbeddingPrefill, Prefill, ScorePrefill
 from scheduler.structure import lost_structure
 from scheduler.tracing import Tracing
 
@@ -58,18 +61,20 @@ class Egress:
         self._tracing = tracing
         self._flush_s = flush_s
         self._deadlines = Deadlines()
-        self._generations: dict[str, Generation] = {}
-        self._unstarted: dict[str, Generation] = {}
-        self._dirty: set[str] = set()
+        self._runs: dict[str, Run] = {}
+        # Whose sequence is whose, of requests that have several.
+        self._owners: dict[str, Run] = {}
+        self._unstarted: dict[str, Run] = {}
+        self._dirty: dict[str, Generation] = {}
         self._missed: OrderedDict[str, float] = OrderedDict()
         self._text_came = asyncio.Event()
         self._changed = asyncio.Event()
 
     def __contains__(self, id: str) -> bool:
-        return id in self._generations
+        return id in self._runs
 
     def __len__(self) -> int:
-        return len(self._generations)
+        return len(self._runs)
 
     @property
     def oldest_waiting_s(self) -> float:
@@ -85,24 +90,29 @@ class Egress:
             self._close(entry, Expired(entry.request_id, generated, entry.attempt), "expired")
             return
         try:
-            sequence = sequence_for(entry, self._engine.info, self._chat.backend)
-            generation = Generation.of(entry, self._chat, self._engine.now() - max(time.time() - entry.accepted_at, 0))
-            self._engine.submit(sequence)
+            sequences = sequences_for(entry, self._chat, self._engine.info)
+            accepted_at = self._engine.now() - max(time.time() - entry.accepted_at, 0)
+            run = run_of(entry, sequences, self._chat, accepted_at)
+            for sequence in sequences:
+                self._engine.submit(sequence)
         except RequestError as error:
             self._admission.release(entry)
             self.abandon(entry, error.body)
             return
-        self._generations[entry.id] = self._unstarted[entry.id] = generation
-        self._outlook.begin(entry, generation.completion_tokens)
-        self._activity.begin(entry, generation.completion_tokens, generation.accepted_at)
+        self._runs[entry.id] = run
+        self._unstarted.update(dict.fromkeys(run.sequence_ids, run))
+        if len(sequences) > 1:
+            self._owners.update(dict.fromkeys(run.sequence_ids, run))
+        self._outlook.begin(entry, run.completion_tokens)
+        self._activity.begin(entry, run.completion_tokens, run.accepted_at)
         if entry.expires_at is not None:
             self._deadlines.add(entry.id, entry.expires_at)
         self._metrics.accepted.inc()
         for listener in entry.listeners:
             self._delivery.send(listener, Accepted(entry.request_id))
-        if generation.streams and generation.published:
+        if isinstance(run, Generation) and run.streams and run.published:
             # Perhaps journalled by a process that died before publishing it.
-            self._delivery.publish_chunk(entry.listeners, generation.chunk(generation.published - 1))
+            self._delivery.publish_chunk(entry.listeners, run.chunk(run.published - 1))
 
     def abandon(self, entry: Entry, error: ErrorBody) -> None:
         """End an accepted request that can't run, or may not."""
@@ -110,12 +120,12 @@ class Egress:
 
     def join(self, id: str, listener: Listener) -> Awaitable[None]:
         """Let one more hear the answer, from its beginning."""
-        generation = self._generations[id]
-        entry = generation.entry
+        run = self._runs[id]
+        entry = run.entry
         self._delivery.send(listener, Accepted(entry.request_id))
-        if generation.streams:
-            for number in range(generation.published):
-                self._delivery.publish_chunk([listener], generation.chunk(number))
+        if isinstance(run, Generation) and run.streams:
+            for number in range(run.published):
+                self._delivery.publish_chunk([listener], run.chunk(number))
         if not any(listener.hears_with(other) for other in entry.listeners):
             entry.listeners = [*entry.listeners, listener][-_MOST_LISTENERS:]
         return self._journal.listen(id, entry.listeners)
@@ -128,14 +138,14 @@ class Egress:
 
     def cancel(self, id: str) -> bool:
         """End a running request at its tenant's wish; False when there is none of that id."""
-        generation = self._generations.get(id)
-        if generation is not None:
-            self._stop(generation, Cancelled, "cancelled")
+        run = self._runs.get(id)
+        if run is not None:
+            self._stop(run, Cancelled, "cancelled")
         else:
             self._missed[id] = time.monotonic()
             if len(self._missed) > _MOST_MISSED:
                 self._missed.popitem(last=False)
-        return generation is not None
+        return run is not None
 
     def cancel_as_missed(self, id: str) -> None:
         """End a request that was taken over, if it was cancelled while nobody had it."""
@@ -145,29 +155,27 @@ class Egress:
 
     def ids(self) -> set[str]:
         """Of all that is held."""
-        return set(self._generations)
+        return set(self._runs)
 
     def drop(self, id: str) -> None:
         """Another replica has taken a request over, and answers it; nothing is said here. Does nothing for one that has ended."""
-        generation = self._generations.get(id)
-        if generation is not None:
-            self._engine.end(id)
-            self._leave(generation, "taken_over")
+        run = self._runs.get(id)
+        if run is not None:
+            self._leave(run, "taken_over")
 
     def fail_all(self, error: ServiceError) -> None:
         """End everything that runs, for want of a journal to keep it."""
-        for generation in list(self._generations.values()):
-            self._engine.end(generation.entry.id)
-            self._fail(generation, error)
+        for run in list(self._runs.values()):
+            self._fail(run, error)
 
     async def wait_empty(self) -> None:
         """Wait until no accepted request is left."""
-        while self._generations:
+        while self._runs:
             await self._changes()
 
     async def wait_for_token(self, id: str) -> None:
         """Wait until a request has generated a token in this process, or ended."""
-        while id in self._generations and self._generations[id].last_token_at is None:
+        while id in self._runs and self._runs[id].last_token_at is None:
             await self._changes()
 
     async def run(self) -> None:
@@ -179,8 +187,7 @@ class Egress:
     async def expire_overdue(self) -> None:
         """End whatever still runs when its deadline passes, for ever."""
         while True:
-            generation = self._generations[await self._deadlines.passed()]
-            self._stop(generation, Expired, "expired")
+            self._stop(self._runs[await self._deadlines.passed()], Expired, "expired")
             await asyncio.sleep(0)  # many may end at once, and others have to go on meanwhile
 
     async def flush_regularly(self) -> None:
@@ -193,8 +200,8 @@ class Egress:
 
     async def _flush(self) -> None:
         """A chunk is published once its tokens are journalled: what a client has seen can't come out otherwise later."""
-        dirty, self._dirty = self._dirty, set()
-        pieces = [(generation, *cut) for id in dirty if (cut := (generation := self._generations[id]).cut())]
+        dirty, self._dirty = self._dirty, {}
+        pieces = [(generation, *cut) for generation in dirty.values() if (cut := generation.cut())]
         if not pieces:
             return
         records = [(generation.entry.id, number, tokens) for generation, number, tokens in pieces]
@@ -215,30 +222,61 @@ class Egress:
         self._outlook.observe(report)
         self._activity.observe(report)
         for id, cached in report.starts.items():
-            generation = self._unstarted.pop(id, None)
-            if generation is not None:
-                self._take_start(generation, cached, report.at - report.seconds)
-        for id, (first, scored) in report.prompts.items():
-            generation = self._generations.get(id)
-            if generation is not None:
-                generation.score_prompt(first, scored)
+            run = self._unstarted.pop(id, None)
+            if run is not None:
+                self._take_start(run, cached, report.at - report.seconds)
+        self._take_prompts(report)
         for event in report.events:
-            generation = self._generations.get(event.id)
-            if generation is not None and event.token == NO_TOKEN:
-                self._fail(generation, lost_structure(generation.entry.request))
-            elif generation is not None:
-                self._take_token(generation, report.scored.get(event.id, event.token), event.finish, report.at)
+            run = self._runs.get(event.id)
+            if isinstance(run, Generation):
+                self._take_event(run, event, report)
         for failure in report.given_up:
-            generation = self._generations.get(failure.id)
-            if generation is not None:
-                self._give_up(generation, failure)
+            run = self._run_of(failure.id)
+            if run is not None:
+                self._give_up(run, failure)
 
-    def _take_start(self, generation: Generation, cached: int, at: float) -> None:
-        generation.started_at, generation.cached_tokens = at, cached
-        series = self._metrics.of(generation.entry.tenant)
-        series.queue.observe(at - generation.accepted_at)
-        series.prompt.inc(len(generation.entry.prompt))
+    def _take_prompts(self, report: StepReport) -> None:
+        for id, (first, scored) in report.prompts.items():
+            run = self._run_of(id)
+            if isinstance(run, Generation | ScorePrefill):
+                run.score_prompt(first, scored)
+        for id, (start, part) in report.pooled.items():
+            run = self._run_of(id)
+            if isinstance(run, EmbeddingPrefill):
+                run.pool(id, start, part)
+        for id in report.prefills:
+            run = self._run_of(id)
+            if isinstance(run, Prefill):
+                self._complete(run, report.at)
+
+    def _run_of(self, id: str) -> Run | None:
+        """Whose sequence it is."""
+        return self._runs.get(id) or self._owners.get(id)
+
+    def _take_start(self, run: Run, cached: int, at: float) -> None:
+        series = self._metrics.of(run.entry.tenant)
+        if run.started_at is None:
+            run.started_at = at
+            series.queue.observe(at - run.accepted_at)
+            series.prompt.inc(len(run.entry.prompt))
+        run.cached_tokens += cached
         series.cached.inc(cached)
+
+    def _complete(self, run: Prefill, at: float) -> None:
+        run.complete()
+        if run.is_whole:
+            try:
+                result = run.result(at)
+            except ServiceError as error:
+                self._fail(run, error)
+            else:
+                self._end(run, result, "computed")
+
+    def _take_event(self, generation: Generation, event: TokenEvent, report: StepReport) -> None:
+        if event.token == NO_TOKEN:
+            self._fail(generation, lost_structure(generation.request))
+        else:
+            self._take_token(generation, report.scored.get(event.id, event.token), event.finish, report.at)
 
     def _take_token(self, generation: Generation, token: Token, finish: FinishReason | None, at: float) -> None:
         series = self._metrics.of(generation.entry.tenant)
@@ -250,31 +288,28 @@ class Egress:
         self._admission.generated(generation.entry)
         reason = generation.push(token, at, finish)
         if reason is None:
-            self._dirty.add(generation.entry.id)
+            self._dirty[generation.entry.id] = generation
             self._text_came.set()
             return
-        if finish is None:
-            self._engine.end(generation.entry.id)
         last = generation.last_chunk(reason)
         self._end(generation, generation.result(reason, at), reason, last)
 
-    def _give_up(self, generation: Generation, failure: Failure) -> None:
+    def _give_up(self, run: Run, failure: Failure) -> None:
         if not failure.crashed:
-            self._fail(generation, ServiceError("internal", "the model failed on every step with this request in it"))
+            self._fail(run, ServiceError("internal", "the model failed on every step with this request in it"))
             return
-        entry = generation.entry
+        entry = run.entry
         reason = f"the worker died {failure.failures} times with this request in its step, at last with it alone"
         self._delivery.quarantine(entry, reason, failure.failures)
-        self._fail(generation, ServiceError("quarantined", reason))
+        self._fail(run, ServiceError("quarantined", reason))
 
-    def _fail(self, generation: Generation, error: RequestError) -> None:
-        entry = generation.entry
-        self._end(generation, Failed(entry.request_id, error.body, entry.attempt), "error")
+    def _fail(self, run: Run, error: RequestError) -> None:
+        entry = run.entry
+        self._end(run, Failed(entry.request_id, error.body, entry.attempt), "error")
 
-    def _stop(self, generation: Generation, kind: type[Cancelled | Expired], outcome: str) -> None:
-        entry = generation.entry
-        self._engine.end(entry.id)
-        self._end(generation, kind(entry.request_id, generation.completion_tokens, entry.attempt), outcome)
+    def _stop(self, run: Run, kind: type[Cancelled | Expired], outcome: str) -> None:
+        entry = run.entry
+        self._end(run, kind(entry.request_id, run.completion_tokens, entry.attempt), outcome)
 
     def _close(self, entry: Entry, reply: Terminal, outcome: str, why: str | None = None) -> None:
         """End an accepted request that never began here."""
@@ -286,24 +321,27 @@ class Egress:
         )
         self._delivery.finish(entry, reply)
 
-    def _end(self, generation: Generation, reply: Terminal, outcome: str, last: Chunk | None = None) -> None:
-        self._leave(generation, outcome)
-        delivered = self._delivery.finish(generation.entry, reply, last)
-        self._tracing.ended(generation, reply, delivered)
+    def _end(self, run: Run, reply: Terminal, outcome: str, last: Chunk | None = None) -> None:
+        self._leave(run, outcome)
+        delivered = self._delivery.finish(run.entry, reply, last)
+        self._tracing.ended(run, reply, delivered)
 
-    def _leave(self, generation: Generation, outcome: str) -> None:
-        """It is held no longer."""
-        entry = generation.entry
-        del self._generations[entry.id]
-        self._unstarted.pop(entry.id, None)
-        self._dirty.discard(entry.id)
+    def _leave(self, run: Run, outcome: str) -> None:
+        """It is held no longer, nor computed."""
+        entry = run.entry
+        del self._runs[entry.id]
+        for id in run.sequence_ids:
+            self._engine.end(id)
+            self._unstarted.pop(id, None)
+            self._owners.pop(id, None)
+        self._dirty.pop(entry.id, None)
         if entry.expires_at is not None:
             self._deadlines.drop(entry.id, entry.expires_at)
         self._admission.leave(entry)
         self._outlook.end(entry.id)
         now = self._engine.now()
         self._activity.end(entry.id, outcome, now)
-        timings = generation.timings(now)
+        timings = run.timings(now)
         series = self._metrics.of(entry.tenant)
         series.outcomes[outcome].inc()
         series.e2e.observe(timings.total_s)
@@ -315,7 +353,7 @@ class Egress:
                 "outcome": outcome,
                 "attempt": entry.attempt,
                 "prompt_tokens": len(entry.prompt),
-                "completion_tokens": generation.completion_tokens,
+                "completion_tokens": run.completion_tokens,
                 "queued_s": round(timings.queued_s, 4),
                 "ttft_s": None if timings.ttft_s is None else round(timings.ttft_s, 4),
                 "total_s": round(timings.total_s, 4),

@@ -8,27 +8,28 @@ from dataclasses import dataclass
 
 from protocol import topics
 from protocol.errors import BadRequest, RequestError, ServiceError
+from protocol.kinds import AnyRequest, decode
 from protocol.plan import WorkerInfo
 from protocol.replies import Failed
-from protocol.request import Request, decode_request
-from protocol.topics import TopicError
+from protocol.request import Request
+from protocol.topics import Kind, TopicError
 from protocol.transport import Incoming, Transport
 from scheduler.admission import Admission
 from scheduler.chat import Chat
-from scheduler.generation import check_adapter, check_fits, seed_for
+from scheduler.generation import check_adapter, seed_for
 from scheduler.journal.entry import Entry, Journal, Listener, Taken, digest
+from scheduler.kinds import prompt_of
 from scheduler.metrics.series import Metrics
 from scheduler.mqtt.delivery import Delivery
 from scheduler.mqtt.egress import Egress
 from scheduler.mqtt.watch import BrokerWatch
 from scheduler.outlook import Outlook
-from scheduler.structure import check_grammar
 from scheduler.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 #: What the service subscribes to, at QoS 1.
-SUBSCRIPTIONS = ((topics.REQUESTS, 1), (topics.CANCELS, 1))
+SUBSCRIPTIONS = tuple((filter_, 1) for filter_ in (*topics.REQUESTS, topics.CANCELS))
 
 #: Messages that are journalled together, at most.
 _MOST_AT_ONCE = 256
@@ -97,28 +98,27 @@ class Reader:
         listener = _listener(incoming, address.request_id)
         if address.model != self._model:
             raise BadRequest("model", f"{address.model} is not served here, {self._model} is", "model_not_found")
-        request = self._decode(incoming.payload, address.model)
-        check_grammar(request)
-        prompt = self._chat.prompt_tokens(request)
-        check_fits(request, prompt, self._info)
+        request = self._decode(address.kind, incoming.payload, address.model)
+        prompt, splits = prompt_of(request, self._chat, self._info)
         accepted_at = time.time()
         return Entry(
             id=f"{address.tenant}/{address.request_id}",
             model=address.model,
             request=request,
             prompt=prompt,
-            seed=seed_for(request),
+            seed=seed_for(request) if isinstance(request, Request) else 0,
             accepted_at=accepted_at,
             listeners=[listener],
+            splits=splits,
             expires_at=_expires_at(request, incoming, accepted_at),
         )
 
-    def _decode(self, payload: bytes, model: str) -> Request:
+    def _decode(self, kind: Kind, payload: bytes, model: str) -> AnyRequest:
         if len(payload) > self._max_payload_bytes:
             raise BadRequest(
                 "body", f"{len(payload)} bytes are over the limit of {self._max_payload_bytes}", "payload_too_large"
             )
-        request = decode_request(payload)
+        request = decode(kind, payload)
         base, _, adapter = (model if request.model is None else request.model).partition(":")
         if base != model:
             raise BadRequest("model", f"must be absent or {model}, the model the topic names, perhaps with an adapter")
@@ -135,10 +135,11 @@ class Reader:
 
     def _refusal(self, incoming: Incoming, error: RequestError) -> Refusal:
         """To the sender's Response Topic, or under its id where these are usable, else to its catch-all topic."""
-        _, _, tenant, kind, *rest = incoming.topic.split("/")  # the filter lets a topic through that ends with its kind
+        _, _, tenant, _, *rest = incoming.topic.split("/")  # the filter lets a topic through that ends with its kind
         request_id = rest[-1] if rest and topics.is_name(rest[-1]) else None
         # The answers to a request are no place for what is wrong with its cancellation.
-        name = request_id if request_id is not None and kind == "req" else topics.UNADDRESSED
+        is_request = topics.kind_of(incoming.topic) is not None
+        name = request_id if request_id is not None and is_request else topics.UNADDRESSED
         topic, correlation = topics.out(tenant, name), incoming.correlation
         if incoming.response_topic is not None:
             with contextlib.suppress(TopicError):
@@ -331,7 +332,7 @@ async def _sleep_until(at: float) -> None:
         await asyncio.sleep(left_s)
 
 
-def _expires_at(request: Request, incoming: Incoming, accepted_at: float) -> float | None:
+def _expires_at(request: AnyRequest, incoming: Incoming, accepted_at: float) -> float | None:
     """The earlier of what the request and its message say, in Unix seconds. Raises BadRequest."""
     deadlines = []
     if request.deadline_ms is not None:

@@ -11,6 +11,8 @@ from protocol import topics
 TENANT = "mallory"
 MODEL = "tiny"
 VALID = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0.0}
+#: What would do for the kinds that generate nothing.
+VALID_OTHERS = {"embed": {"input": [5, 6, 7]}, "score": {"text": [5, 6, 7], "context": [8]}}
 
 _DEEP = [[]]
 for _ in range(50):
@@ -93,6 +95,44 @@ WRONG: dict[str, tuple[Any, ...]] = {
         {"json": {"type": "nothing"}},
     ),
 }
+#: The same for those kinds.
+WRONG_OTHERS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "embed": {
+        "input": (
+            *_WRONG_ANYWHERE,
+            None,
+            1,
+            "",
+            [],
+            [""],
+            [[]],
+            [5, "a"],
+            ["a", [5]],
+            [[5], 5],
+            [1.5],
+            [-1],
+            [97],
+            [[5], [97]],
+            [2**31],
+            [_HUGE],
+            ["a"] * 2049,
+            [5] * 4097,
+            [[5], [5] * 4097],
+        ),
+        "pooling": (*_WRONG_ANYWHERE, 1, "max", None),
+        "normalize": (*_WRONG_ANYWHERE, 1, "true", None),
+        "encoding_format": (*_WRONG_ANYWHERE, 1, "hex", None),
+        "dimensions": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, 0, 1, 31, 33, 1.5),
+    },
+    "score": {
+        "text": (*_WRONG_ANYWHERE, None, 1, "", [], ["a"], [1.5], [-1], [97], [2**31], [_HUGE], "text", [5] * 4097),
+        "context": (*_WRONG_ANYWHERE, 1, "a", ["a"], [-1], [97], [_HUGE], [5] * 4096),
+        "logprobs": (*_WRONG_ANYWHERE, *_WRONG_NUMBERS, -1, 21, 1.5, None),
+        "temperature": (0.0,),
+    },
+}
+for _fields in WRONG_OTHERS.values():
+    _fields |= {name: WRONG[name] for name in ("model", "user", "priority", "deadline_ms", "refuse_late")}
 _NUMBERS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "priority", "deadline_ms")
 _NO_NUMBERS = (
     b"NaN",
@@ -167,7 +207,7 @@ class Message:
 def messages(count: int, seed: int) -> Iterator[Message]:
     draw = random.Random(seed)
     for number in range(count):
-        yield draw.choices((_body, _address, _cancel), (8, 2, 1))[0](draw, f"f{number}")
+        yield draw.choices((_body, _other_body, _address, _cancel), (8, 2, 2, 1))[0](draw, f"f{number}")
 
 
 def _body(draw: random.Random, id: str) -> Message:
@@ -175,6 +215,19 @@ def _body(draw: random.Random, id: str) -> Message:
     own = draw.choice((None, None, *_OWN))
     payload = draw.choice(_PAYLOADS)(draw)
     return Message(topics.request(TENANT, MODEL, id), payload, id.encode(), own, own or topics.out(TENANT, id), id)
+
+
+def _other_body(draw: random.Random, id: str) -> Message:
+    """The same of the kinds that generate nothing."""
+    kind = draw.choice(("embed", "score"))
+    own = draw.choice((None, None, *_OWN))
+    fields = WRONG_OTHERS[kind]
+    field = draw.choice(tuple(fields))
+    body = VALID_OTHERS[kind] | {field: draw.choice(fields[field])}
+    payload = draw.choice((json.dumps(body).encode(), json.dumps(body).encode(), _valid(), _noise(draw)))
+    return Message(
+        topics.request(TENANT, MODEL, id, kind), payload, id.encode(), own, own or topics.out(TENANT, id), id
+    )
 
 
 def _address(draw: random.Random, id: str) -> Message:
@@ -190,7 +243,7 @@ def _address(draw: random.Random, id: str) -> Message:
             return replace(usable, response_topic=draw.choice(_NOT_OWN))
         case 2:
             model = draw.choice(("other", "Tiny", *_NO_IDS))
-            return replace(usable, topic=f"tokenbus/v1/{TENANT}/req/{model}/{id}")
+            return replace(usable, topic=f"tokenbus/v1/{TENANT}/{draw.choice(topics.KINDS)}/{model}/{id}")
         case 3:
             tenant = draw.choice(_NO_TENANTS)
             topic = f"tokenbus/v1/{tenant}/req/{MODEL}/{id}"
@@ -200,7 +253,7 @@ def _address(draw: random.Random, id: str) -> Message:
             own = draw.choice((None, *_OWN))
             return replace(
                 usable,
-                topic=f"tokenbus/v1/{TENANT}/req{rest}",
+                topic=f"tokenbus/v1/{TENANT}/{draw.choice(topics.KINDS)}{rest}",
                 response_topic=own,
                 answer_topic=own or topics.out(TENANT, topics.UNADDRESSED),
                 answer_id=None,

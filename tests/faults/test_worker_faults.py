@@ -9,6 +9,7 @@ import pytest
 from protocol import topics
 from protocol.client import Client
 from protocol.errors import RequestError
+from protocol.prefill import EmbeddingRequest
 from protocol.replies import Quarantined, decode_quarantined
 from protocol.request import Request
 from protocol.transport import BrokerAddress, Transport
@@ -18,11 +19,13 @@ from tests.faults.service import POISON, ServiceProcess
 pytestmark = pytest.mark.timeout(180)
 
 DEADLY = Request(prompt=[5, POISON, 7], max_tokens=20, temperature=0.0, ignore_eos=True)
+#: One of its texts is, and takes the other with it.
+DEADLY_EMBEDDING = EmbeddingRequest(input=[[9, 8, 7], [5, POISON, 7]])
 
 
 async def outcome(client: Client, id: str) -> str:
     try:
-        await client.complete(DEADLY, model="tiny", request_id=id)
+        await client.complete(DEADLY_EMBEDDING if id == "poison-1" else DEADLY, model="tiny", request_id=id)
     except RequestError as error:
         return error.code
     return "done"

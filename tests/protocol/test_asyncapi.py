@@ -8,6 +8,7 @@ import protocol
 from protocol import asyncapi, openai, replies
 from protocol.errors import DeadlineUnreachable
 from protocol.openai import Usage
+from protocol.prefill import EmbeddingRequest, ScoreRequest
 from protocol.request import Message, Request
 
 FILE = Path(protocol.__file__).with_name("asyncapi.yaml")
@@ -50,6 +51,8 @@ def test_real_messages_fit_their_schemas():
     )
     samples = {
         "request": Request(messages=[Message("user", "hi")], max_tokens=5),
+        "embed": EmbeddingRequest(input=[[5], [6, 7]], pooling="mean"),
+        "score": ScoreRequest(text="b", context="a"),
         "accepted": replies.Accepted("r"),
         "result": replies.Result("r", data, replies.Timings(0.1, 0.2, 0.3), 2),
         "cancelled": replies.Cancelled("r", 1),
@@ -61,5 +64,6 @@ def test_real_messages_fit_their_schemas():
         message = resolve(document, f"#/components/messages/{name}")
         schema = {**message["payload"], "components": document["components"]}
         jsonschema.validate(msgspec.to_builtins(sample), schema)
-        with_nonsense = {**msgspec.to_builtins(sample), "request_id": 5, "max_tokens": 0, "status": "maybe"}
+        nonsense = {"request_id": 5, "max_tokens": 0, "status": "maybe"}
+        with_nonsense = msgspec.to_builtins(sample) | nonsense
         assert not jsonschema.Draft202012Validator(schema).is_valid(with_nonsense)

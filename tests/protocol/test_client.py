@@ -30,7 +30,7 @@ Serve = Callable[[Callable[[Call], Awaitable[None]]], Service]
 @pytest.fixture
 async def serve(address: BrokerAddress) -> AsyncIterator[Serve]:
     """Start the service with a way to respond."""
-    subscriptions = [(topics.REQUESTS, 1), (topics.CANCELS, 1)]
+    subscriptions = [(name, 1) for name in (*topics.REQUESTS, topics.CANCELS)]
     tasks: list[asyncio.Task[None]] = []
     async with Transport(address, identifier="service", subscriptions=subscriptions, session_expiry_s=60) as transport:
 

@@ -4,12 +4,13 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai.types import Completion
+from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from protocol import openai, plan, replies
 from protocol.chat import FunctionCall, ToolCall
 from protocol.errors import BadRequest
+from protocol.kinds import decode
 from protocol.openai import PromptLogprob, TokenLogprob, TokenLogprobs, TopLogprob, Usage
 from protocol.request import Message, Request, decode_request, encode_request
 
@@ -305,3 +306,42 @@ def test_frames_round_trip():
 
 def test_message_text():
     assert Message("user", "plain").text == "plain"
+
+
+def test_embeddings_round_trip_and_parse():
+    vectors = [[0.25, -1.5], [3.0, 0.0]]
+    for as_base64 in (False, True):
+        data = openai.embedded(vectors, model="m", usage=Usage(5, 0, 5), as_base64=as_base64)
+        reply = replies.Result("r", data, replies.Timings(0.1, None, 0.2), 0)
+        assert replies.decode_reply(replies.encode(reply)) == reply
+        assert (reply.embeddings, reply.text, reply.usage.total_tokens) == (vectors, "", 5)
+    response = CreateEmbeddingResponse.model_validate_json(
+        msgspec.json.encode(openai.embedded(vectors, model="m", usage=Usage(5, 0, 5), as_base64=False)), strict=True
+    )
+    assert [(one.index, one.embedding) for one in response.data] == list(enumerate(vectors))
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b"{}", "body"),
+        (b'{"input": []}', "input"),
+        (b'{"input": [[]]}', "input"),
+        (b'{"input": [1, [2]]}', "input"),
+        (b'{"input": ["a", 1]}', "input"),
+        (b'{"input": "a", "pooling": "max"}', "pooling"),
+        (b'{"input": "a", "dimensions": 0}', "dimensions"),
+        (b'{"input": "a", "stream": true}', "body"),
+    ],
+)
+def test_bodies_of_embeddings_are_checked(body, field):
+    with pytest.raises(BadRequest) as caught:
+        decode("embed", body)
+    assert caught.value.body.param == field
+
+
+def test_inputs_come_in_four_shapes():
+    for shape, texts in (("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])):
+        request = decode("embed", msgspec.json.encode({"input": shape}))
+        assert request.texts == texts
+        assert decode("embed", encode_request(request)) == request

@@ -8,10 +8,12 @@ from protocol.topics import TopicError
 names = st.from_regex(r"[A-Za-z0-9.-][A-Za-z0-9_.-]{0,63}", fullmatch=True)
 
 
-@given(tenant=names, model=names, id=names)
-def test_topics_round_trip(tenant, model, id):
-    topic = topics.request(tenant, model, id)
-    assert topics.parse_request(topic) == topics.RequestTopic(tenant, model, id)
+@given(tenant=names, model=names, id=names, kind=st.sampled_from(topics.KINDS))
+def test_topics_round_trip(tenant, model, id, kind):
+    topic = topics.request(tenant, model, id, kind)
+    assert topics.parse_request(topic) == topics.RequestTopic(tenant, model, id, kind)
+    assert topics.kind_of(topic) == kind
+    assert topics.kind_of(topics.cancel(tenant, id)) is None
     assert topics.parse_cancel(topics.cancel(tenant, id)) == topics.CancelTopic(tenant, id)
     assert topics.tenant_of(topic) == tenant
 

@@ -28,6 +28,7 @@ INFO = WorkerInfo(
     model_path="",
     max_model_len=1000,
     vocab_size=256,
+    hidden_size=4,
     eos_ids=[],
     num_blocks=100,
     block_size=16,

@@ -13,6 +13,7 @@ import pytest
 
 from protocol import replies, topics
 from protocol.client import Client
+from protocol.prefill import EmbeddingRequest, ScoreRequest
 from protocol.replies import Accepted, Failed, Result
 from protocol.request import Request
 from protocol.topics import TopicError
@@ -86,10 +87,26 @@ async def test_both_are_served_under_the_same_id_and_hear_only_their_own(running
     assert results[0].text == results[1].text
 
 
+async def test_both_may_ask_for_embeddings_and_scores(running, broker):
+    async with (
+        client(broker.by_certificate("alice"), "alice") as alice,
+        client(broker.by_password("bob"), "bob") as bob,
+    ):
+        vectors = [
+            await one.embed(EmbeddingRequest(input=[[5, 6, 7]]), model="tiny", request_id="same")
+            for one in (alice, bob)
+        ]
+        scores = [await one.score(ScoreRequest(text=[5, 6, 7]), model="tiny") for one in (alice, bob)]
+    assert vectors[0] == pytest.approx(vectors[1], abs=1e-6)
+    assert scores[0].cumulative_logprob == pytest.approx(scores[1].cumulative_logprob, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "topic",
     [
         "tokenbus/v1/bob/req/tiny/r1",
+        "tokenbus/v1/bob/embed/tiny/r1",
+        "tokenbus/v1/bob/score/tiny/r1",
         "tokenbus/v1/bob/cancel/r1",
         "tokenbus/v1/bob/out/r1",
         "tokenbus/v1/bob/dead/r1",
@@ -122,6 +139,7 @@ LISTENING = [
     "tokenbus/#",
     "tokenbus/v1/+/out/#",
     "tokenbus/v1/+/req/#",
+    "tokenbus/v1/+/embed/#",
     "tokenbus/v1/+/dead/#",
     "tokenbus/v1/bob/#",
     "$SYS/#",

@@ -69,6 +69,7 @@ class LocalEngine:
         self.runner = Runner(
             model.module,
             backend(model),
+            hidden=model.hidden,
             grammars=Grammars(tokenizer, model.vocab_size, model.eos_ids),
             max_running=running,
             max_model_len=longest,
@@ -78,6 +79,8 @@ class LocalEngine:
         self.outputs: dict[str, list[int]] = {}
         self.scored: dict[str, list[Scored]] = {}
         self.prompts: dict[str, dict[int, Scored]] = {}
+        self.pooled: dict[str, list[tuple[int, bytes]]] = {}
+        self.completed: list[str] = []
         self.accepted: list[tuple[int, int]] = []
 
     def submit(
@@ -112,10 +115,13 @@ class LocalEngine:
             self.scored.setdefault(draft.samplers[index].id, []).append(scored)
         for index, part in result.prompts.items():
             sequence, _ = draft.owners[index]
-            self.prompts.setdefault(sequence.id, {}).update(enumerate(part, start=draft.rows[index].start + 1))
+            self.prompts.setdefault(sequence.id, {}).update(enumerate(part, start=draft.first_scored(index)))
+        for index, part in result.pooled.items():
+            self.pooled.setdefault(draft.owners[index][0].id, []).append((draft.rows[index].start, part))
         self.accepted += [(verdict.accepted, verdict.drafted) for verdict in result.verdicts]
         for event in self.batcher.apply(result.step, result.tokens, result.verdicts):
             self.outputs[event.id].append(event.token)
+        self.completed += [sequence.id for sequence in draft.prefills]
 
     def finish(self, *, ahead: int = 1) -> dict[str, list[int]]:
         """Until all have ended, with so many steps planned before the first one's result is known."""

@@ -47,6 +47,51 @@ def test_long_prompt_is_cut_into_chunks_and_samples_only_at_its_end():
     assert [admission.tokens for plan in plans for admission in plan.admissions] == [list(range(10, 30))]
 
 
+def test_what_generates_nothing_ends_with_its_prompt_and_samples_nothing():
+    batcher = make(budget=8, blocks=5)
+    batcher.submit(sequence("a", 20, max_tokens=0))
+    batcher.submit(sequence("b", 4, max_tokens=0))
+    plans = []
+    for ended in ([], [], ["a", "b"]):
+        plan = batcher.plan()
+        draft = batcher.draft_of(plan)
+        plans.append(plan)
+        assert batcher.apply(plan.step, []) == []
+        assert [one.id for one in draft.prefills] == ended
+    assert [[(row.start, row.length, row.sample) for row in plan.rows] for plan in plans] == [
+        [(0, 8, False)],
+        [(8, 8, False)],
+        [(16, 4, False), (0, 4, False)],
+    ]
+    assert batcher.pool.num_free == batcher.pool.num_blocks
+    assert batcher.plan() is None
+    assert batcher.queue.served("") == 24, "only input is charged"
+
+
+def test_what_generates_nothing_is_taken_out_while_its_last_step_runs():
+    batcher = make()
+    batcher.submit(sequence("a", 4, max_tokens=0))
+    plan = batcher.plan()
+    draft = batcher.draft_of(plan)
+    assert batcher.plan() is None, "there is nothing left to compute of it"
+    batcher.end("a")
+    batcher.submit(sequence("a", 4, max_tokens=0))
+    batcher.apply(plan.step, [])
+    assert draft.prefills == [], "the new one of that name hasn't run"
+    assert len(batcher) == 1
+
+
+def test_what_generates_nothing_is_computed_again_after_its_last_step_failed():
+    batcher = make(budget=8)
+    batcher.submit(sequence("a", 12, max_tokens=0))
+    step(batcher)
+    assert [row.start for row in batcher.plan().rows] == [8]
+    batcher.fail(lost=False)
+    plan, _ = step(batcher)
+    assert [(row.start, row.length) for row in plan.rows] == [(8, 4)]
+    assert len(batcher) == 0
+
+
 def test_eos_frees_blocks_and_slot_in_that_iteration_and_a_waiting_one_is_in_the_next_step():
     batcher = make(running=1, budget=8, blocks=4)
     batcher.submit(sequence("a", 5))

@@ -1,5 +1,5 @@
 """Invariants of the batcher after every step of random histories, under every policy: arrivals, cancels, crashes, tiny pools,
-prompts that begin alike, steps planned ahead, drafts right and wrong."""
+prompts that begin alike or are all that is to be computed, steps planned ahead, drafts right and wrong."""
 
 from collections import deque
 
@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from protocol.plan import Row, StepPlan, Verdict, Verification
+from protocol.plan import Row, Sampling, StepPlan, Verdict, Verification
 from scheduler.core import policies
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher
@@ -28,13 +28,14 @@ class Worker:
         self.texts: dict[int, dict[int, int]] = {}
         self.computed: dict[int, int | None] = {}
 
-    def run(self, plan: StepPlan, sample) -> tuple[list[int], list[Verdict]]:
+    def run(self, plan: StepPlan, sample) -> tuple[list[int], list[Verdict], list[int]]:
+        """Tokens, verdicts, and of each row a sum over what it computed, as a mean's hidden states are summed up."""
         for admission in plan.admissions:
             self.tables[admission.slot] = []
             self.computed[admission.slot] = None
             self.texts[admission.slot] = dict(enumerate(admission.tokens))
         decodes = [Row(slot, self.computed[slot], 1, [], sample=True) for slot in plan.decodes]
-        tokens = []
+        tokens, sums = [], []
         for row in decodes + plan.rows:
             self.tables[row.slot] += row.new_blocks
             text = self.texts[row.slot]
@@ -42,10 +43,13 @@ class Worker:
             self.computed[row.slot] = end = row.start + row.length
             for position in range(row.start, end):
                 self.kv[self._place(row.slot, position)] = text[position]
+            read = [self.kv[self._place(row.slot, position)] for position in range(end)]
+            sums.append(sum(read[row.start :]))
             if row.sample:
-                text[end] = sample([self.kv[self._place(row.slot, position)] for position in range(end)])
+                text[end] = sample(read)
                 tokens.append(text[end])
-        return tokens, [self._verify(verification, sample) for verification in plan.verifications]
+        verdicts = [self._verify(verification, sample) for verification in plan.verifications]
+        return tokens, verdicts, sums[len(decodes) :]
 
     def _verify(self, verification: Verification, sample) -> Verdict:
         """Drafts are as often right as wrong, and sometimes fewer than asked for."""
@@ -110,6 +114,7 @@ class Histories(RuleBasedStateMachine):
         self.in_flight = deque()
         self.sequences: dict[str, Sequence] = {}
         self.emitted: dict[str, list[int]] = {}
+        self.sums: dict[str, int] = {}
         self.ended: set[str] = set()
         self.poison: dict[str, int] = {}
 
@@ -119,16 +124,17 @@ class Histories(RuleBasedStateMachine):
 
     @rule(
         prompt=st.integers(1, 12),
-        max_tokens=st.integers(1, 20),
+        max_tokens=st.integers(1, 20) | st.just(0),
+        pooling=st.sampled_from([None, "last", "mean"]),
         poison=st.none() | st.integers(0, 12),
         tenant=st.sampled_from("abc"),
         like=st.none() | st.integers(0, 1),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
     )
-    def submit(self, prompt, max_tokens, poison, tenant, like, priority):
-        prompt = min(prompt, self.room - 1)
+    def submit(self, prompt, max_tokens, pooling, poison, tenant, like, priority):
+        prompt = min(prompt, self.room - min(max_tokens, 1))
         max_tokens = min(max_tokens, self.room - prompt)
-        if prompt < 1 or max_tokens < 1:
+        if prompt < 1:
             return
         id = f"s{len(self.sequences)}"
         first = 100 + (len(self.sequences) + 2 if like is None else like) * 50
@@ -137,6 +143,7 @@ class Histories(RuleBasedStateMachine):
             list(range(first, first + prompt)),
             max_tokens=max_tokens,
             stop_ids=frozenset({EOS}),
+            sampling=Sampling(pooling=pooling),
             tenant=tenant,
             priority=priority,
         )
@@ -196,7 +203,10 @@ class Histories(RuleBasedStateMachine):
             return
         plan, result, _ = self.in_flight.popleft()
         free = self.batcher.pool.num_free
-        events = self.batcher.apply(plan.step, *result)
+        tokens, verdicts, sums = result
+        draft = self.batcher.draft_of(plan)
+        events = self.batcher.apply(plan.step, tokens, verdicts)
+        self.take_sums(draft, sums)
         for event in events:
             assert event.id not in self.ended
             self.emitted[event.id].append(event.token)
@@ -208,6 +218,19 @@ class Histories(RuleBasedStateMachine):
         if finished_running and self.ahead == 1:
             shared = self.batcher.pool.num_blocks - self.batcher.pool.num_free
             assert self.batcher.pool.num_free > free or shared, "an ended sequence frees its blocks in that iteration"
+
+    def take_sums(self, draft, sums):
+        """What is only prefilled ends once it is computed, all of it in one go where its mean is wanted."""
+        for (sequence, _), row, part in zip(draft.owners, draft.rows, sums, strict=True):
+            before = self.sums.get(sequence.id, 0) if row.start else 0
+            self.sums[sequence.id] = before + part
+        for sequence in draft.prefills:
+            assert sequence.id not in self.ended
+            assert not sequence.generates
+            assert sequence.blocks == []
+            self.ended.add(sequence.id)
+            if sequence.sampling.pooling == "mean":
+                assert self.sums[sequence.id] == sum(sequence.tokens)
 
     @rule(steps=st.integers(1, 6))
     def run(self, steps):
@@ -243,7 +266,7 @@ class Histories(RuleBasedStateMachine):
             assert len(set(sequence.blocks)) == len(sequence.blocks)
             assert sequence.room == len(sequence.blocks) * pool.block_size >= sequence.computed
             assert 0 <= sequence.drafted <= sequence.unseen, "what may be rejected is still to come"
-            assert sequence.computed < sequence.planned_len <= sequence.end_len
+            assert sequence.computed < sequence.planned_len + (not sequence.generates) <= sequence.end_len + 1
             for index, block in enumerate(sequence.blocks):
                 owners.setdefault(block, []).append((sequence, index))
         assert len(owners) + pool.num_free == pool.num_blocks

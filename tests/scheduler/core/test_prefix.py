@@ -1,5 +1,8 @@
 """The prefix cache: what is found, for whom, and what goes first when blocks are needed."""
 
+import pytest
+
+from protocol.plan import Sampling
 from scheduler.core.prefix import PrefixIndex
 from tests.scheduler.core.drive import EOS, make, sequence, step
 
@@ -67,6 +70,28 @@ def test_what_a_sequence_would_be_spared_is_told_before_it_is_here():
         told = batcher.pool.cached_len(sequence(id, prompt, 1))
         assert serve(batcher, id, prompt) == len(prompt) - told
     assert make(budget=64).pool.cached_len(sequence("a/1", LONG, 1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("sampling", "computed"),
+    [
+        (Sampling(pooling="last"), 4),
+        (Sampling(pooling="mean"), 20),
+        (Sampling(prompt_logprobs=0), 20),
+        (Sampling(prompt_logprobs=0, score_from=13), 8),
+        (Sampling(prompt_logprobs=0, score_from=12), 12),
+    ],
+)
+def test_what_is_to_be_told_of_a_prompt_is_computed_whatever_is_cached(sampling, computed):
+    """Position 12 is scored by what is computed at 11, which is in the third block of four."""
+    batcher = make(cache=True, budget=64)
+    serve(batcher, "a/1", LONG)
+    one = sequence("a/2", LONG, 0, sampling=sampling)
+    assert batcher.pool.cached_len(one) == 20 - computed
+    batcher.submit(one)
+    (length,) = step(batcher)[0].values()
+    assert length == computed
+    assert serve(batcher, "a/3", LONG) == 4, "others find it"
 
 
 def test_without_the_cache_nothing_is_found():
