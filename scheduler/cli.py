@@ -63,6 +63,7 @@ _BENCHMARKS = (
     "overhead",
     "speculation",
     "adapters",
+    "determinism",
     "scrape",
     "replicas",
 )

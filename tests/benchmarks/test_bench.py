@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from benchmarks import report
+from benchmarks.determinism import DeterminismFigures
 from benchmarks.fairness import FairnessFigures
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
@@ -175,6 +176,20 @@ def test_speculation_writes_the_same_tokens_in_fewer_steps(tmp_path):
     assert case["rate_ratio"] == on["output_tokens_per_s"] / off["output_tokens_per_s"]
     table = report.speculation_table(msgspec.convert(figures, SpeculationFigures)).splitlines()
     assert [line.count("|") for line in table[:3]] == [7] * 3
+
+
+def test_determinism_finds_every_request_equal(served):
+    sizes = ("--requests", "6", "--output-tokens", "40", "--vocab", "97", "--rounds", "1", "--way", "plain-invariant")
+    figures = call("determinism", "--model", served, *sizes, "--condition", "preempted", "--condition", "service killed")
+    assert (figures["greedy"], figures["sampled"], figures["output_tokens"]) == (3, 3, 240)
+    (way,) = figures["ways"]
+    assert way["output_tokens_per_s"] > 0
+    assert [condition.pop("happened") > 0 for condition in way["conditions"]] == [True, True]
+    equal = {"greedy": 3, "sampled": 3, "bits": 6}
+    assert way["conditions"] == [{"condition": "preempted", **equal}, {"condition": "service killed", **equal}]
+    table = report.determinism_table(msgspec.convert(figures, DeterminismFigures)).splitlines()
+    assert [line.count("|") for line in table[:5]] == [4] * 5
+    assert "| 6; 6 to the bit |" in table[2]
 
 
 def test_prefix_counts_what_is_computed_and_of_whom(served):
