@@ -64,6 +64,7 @@ _BENCHMARKS = (
     "overhead",
     "speculation",
     "adapters",
+    "determinism",
     "scrape",
     "replicas",
 )

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.blocks import BlocksFigures
+from benchmarks.determinism import DeterminismFigures
 from benchmarks.fairness import FairnessFigures
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
@@ -186,6 +187,22 @@ def test_larger_blocks_leave_more_empty():
     assert wastes == sorted(wastes)
     assert wastes[0] > 0
     assert report.blocks_table(msgspec.convert(figures, BlocksFigures).sizes).count("\n") == 6
+
+
+def test_determinism_finds_every_request_equal(served):
+    sizes = ("--requests", "6", "--output-tokens", "40", "--vocab", "97", "--rounds", "1", "--way", "plain-invariant")
+    figures = call(
+        "determinism", "--model", served, *sizes, "--condition", "preempted", "--condition", "service killed"
+    )
+    assert (figures["greedy"], figures["sampled"], figures["output_tokens"]) == (3, 3, 240)
+    (way,) = figures["ways"]
+    assert way["output_tokens_per_s"] > 0
+    assert [condition.pop("happened") > 0 for condition in way["conditions"]] == [True, True]
+    equal = {"greedy": 3, "sampled": 3, "bits": 6}
+    assert way["conditions"] == [{"condition": "preempted", **equal}, {"condition": "service killed", **equal}]
+    table = report.determinism_table(msgspec.convert(figures, DeterminismFigures)).splitlines()
+    assert [line.count("|") for line in table[:5]] == [4] * 5
+    assert "| 6; 6 to the bit |" in table[2]
 
 
 def test_prefix_counts_what_is_computed_and_of_whom(served):
