@@ -4,7 +4,8 @@
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
 ``accept.json`` is ``bench accept``, ``scrape.json`` ``bench scrape``. ``planning.json``, ``fairness.json``, ``prefix.json``,
 ``determinism.json``, ``blocks.json`` and ``speculation.json`` are the benchmarks of those names, the fairness one with
-``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json`` ``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
+``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
+``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
 ``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``.
 """
 

@@ -1,8 +1,9 @@
 """Batch invariance where it isn't had for nothing: every token computed in the same way, whoever shares the step.
 
-On the CPU in float32 our kernels sum each row by itself, in one order. torch's products choose theirs by the number of rows, and an
-attention backend may by the number of queries. Here products get their rows a fixed number at a time, and attention its
-queries one by one (cf. He et al., "Defeating Nondeterminism in LLM Inference", 2025); `selftest.check_invariant` proves what comes of it.
+On the CPU in float32 our kernels sum each row by itself, in one order. torch's products choose theirs by the number of rows,
+and an attention backend may by the number of queries. Here products get their rows a fixed number at a time, and attention its
+queries one by one (cf. He et al., "Defeating Nondeterminism in LLM Inference", 2025); `selftest.check_invariant` proves what
+comes of it.
 """
 
 from collections.abc import Callable
