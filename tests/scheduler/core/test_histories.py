@@ -1,5 +1,5 @@
 """Invariants of the batcher after every step of random histories, under every policy: arrivals, cancels, crashes, tiny pools,
-prompts that begin alike, steps planned ahead, drafts right and wrong."""
+prompts that begin alike, steps planned ahead, drafts right and wrong, requests for several texts."""
 
 from collections import deque
 
@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from protocol.plan import Row, StepPlan, Verdict, Verification
+from protocol.plan import Row, Sampling, StepPlan, Verdict, Verification
 from scheduler.core import policies
 from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher
@@ -27,10 +27,16 @@ class Worker:
         self.kv: dict[tuple[int, int], int] = {}
         self.texts: dict[int, dict[int, int]] = {}
         self.computed: dict[int, int | None] = {}
+        self.seeds: dict[int, int] = {}
 
     def run(self, plan: StepPlan, sample) -> tuple[list[int], list[Verdict]]:
+        before = self.kv.copy() if plan.copies else {}
+        for source, target in plan.copies:
+            for offset in range(self.block_size):
+                self.kv[target, offset] = before.get((source, offset), -1)
         for admission in plan.admissions:
             self.tables[admission.slot] = []
+            self.seeds[admission.slot] = admission.sampling.seed
             self.computed[admission.slot] = None
             self.texts[admission.slot] = dict(enumerate(admission.tokens))
         decodes = [Row(slot, self.computed[slot], 1, [], sample=True) for slot in plan.decodes]
@@ -43,19 +49,20 @@ class Worker:
             for position in range(row.start, end):
                 self.kv[self._place(row.slot, position)] = text[position]
             if row.sample:
-                text[end] = sample([self.kv[self._place(row.slot, position)] for position in range(end)])
+                kv = [self.kv[self._place(row.slot, position)] for position in range(end)]
+                text[end] = sample(kv, self.seeds[row.slot])
                 tokens.append(text[end])
         return tokens, [self._verify(verification, sample) for verification in plan.verifications]
 
     def _verify(self, verification: Verification, sample) -> Verdict:
         """Drafts are as often right as wrong, and sometimes fewer than asked for."""
-        slot, text = verification.slot, self.texts[verification.slot]
+        slot, text, seed = verification.slot, self.texts[verification.slot], self.seeds[verification.slot]
         self.tables[slot] += verification.new_blocks
         start = self.computed[slot]
         self.kv[self._place(slot, start)] = text[start]
         right: list[int] = []
         for position in range(start, start + verification.drafts):
-            right.append(sample([text[at] for at in range(position + 1)]))
+            right.append(sample([text[at] for at in range(position + 1)], seed))
             text[position + 1] = right[-1]
         drafted = max(verification.drafts - start % 2, 0)
         drafts = [token + (position * token) % 3 // 2 for position, token in enumerate(right[:drafted], start)]
@@ -63,7 +70,7 @@ class Worker:
             self.kv[self._place(slot, position)] = token
         tokens: list[int] = []
         for position in range(start, start + drafted + 1):
-            tokens.append(sample([self.kv[self._place(slot, at)] for at in range(position + 1)]))
+            tokens.append(sample([self.kv[self._place(slot, at)] for at in range(position + 1)], seed))
             text[position + 1] = tokens[-1]
             if tokens != drafts[: len(tokens)]:
                 break
@@ -113,9 +120,9 @@ class Histories(RuleBasedStateMachine):
         self.ended: set[str] = set()
         self.poison: dict[str, int] = {}
 
-    def sample(self, kv: list[int]) -> int:
+    def sample(self, kv: list[int], seed: int) -> int:
         """A token that depends on the whole history, as a model's would; sometimes EOS."""
-        return hash(tuple(kv)) % 17
+        return hash((seed, *kv)) % 17
 
     @rule(
         prompt=st.integers(1, 12),
@@ -124,27 +131,33 @@ class Histories(RuleBasedStateMachine):
         tenant=st.sampled_from("abc"),
         like=st.none() | st.integers(0, 1),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
+        texts=st.sampled_from([1, 1, 1, 2, 3, 6]),
     )
-    def submit(self, prompt, max_tokens, poison, tenant, like, priority):
+    def submit(self, prompt, max_tokens, poison, tenant, like, priority, texts):
         prompt = min(prompt, self.room - 1)
         max_tokens = min(max_tokens, self.room - prompt)
         if prompt < 1 or max_tokens < 1:
             return
-        id = f"s{len(self.sequences)}"
-        first = 100 + (len(self.sequences) + 2 if like is None else like) * 50
-        sequence = Sequence(
-            id,
-            list(range(first, first + prompt)),
-            max_tokens=max_tokens,
-            stop_ids=frozenset({EOS}),
-            tenant=tenant,
-            priority=priority,
-        )
-        self.sequences[id] = sequence
-        self.emitted[id] = []
+        number = len(self.sequences)
+        first = 100 + (number + 2 if like is None else like) * 50
+        sequences = [
+            Sequence(
+                f"s{number + index}",
+                list(range(first, first + prompt)),
+                max_tokens=max_tokens,
+                stop_ids=frozenset({EOS}),
+                sampling=Sampling(seed=index),
+                tenant=tenant,
+                priority=priority,
+            )
+            for index in range(texts)
+        ]
+        for sequence in sequences:
+            self.sequences[sequence.id] = sequence
+            self.emitted[sequence.id] = []
         if poison is not None and len(self.poison) < 2:
-            self.poison[id] = poison
-        self.batcher.submit(sequence)
+            self.poison[sequences[-1].id] = poison
+        self.batcher.submit(*sequences)
 
     @rule()
     def plan(self):
@@ -265,7 +278,7 @@ class Histories(RuleBasedStateMachine):
         for id, sequence in self.sequences.items():
             kv = sequence.tokens[: sequence.prompt_len]
             for token in self.emitted[id]:
-                assert token == self.sample(kv)
+                assert token == self.sample(kv, sequence.sampling.seed)
                 kv.append(token)
             assert sequence.output == self.emitted[id]
 
