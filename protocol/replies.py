@@ -17,7 +17,6 @@ from protocol.openai import (
     TextCompletion,
     ToolCallDelta,
     Usage,
-    piece,
 )
 
 
@@ -36,11 +35,17 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
 
 
 class Chunk(msgspec.Struct, frozen=True, tag="chunk"):
-    """A piece of text. ``seq`` counts 0, 1, 2, …: a gap means that one was lost and the result makes it whole."""
+    """A piece of one choice. ``seq`` counts 0, 1, 2, … over all of them: a gap means that one was lost and the result makes it
+    whole."""
 
     request_id: str
     seq: int
     data: ChatCompletionChunk | TextCompletion
+
+    @property
+    def index(self) -> int:
+        """Of which choice."""
+        return self.data.choices[0].index
 
     @property
     def text(self) -> str:
@@ -53,7 +58,8 @@ class Chunk(msgspec.Struct, frozen=True, tag="chunk"):
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
-    """Terminal: the whole text, usage and timings. ``chunks`` is how many chunks were published before it.
+    """Terminal: the whole text, usage and timings. ``chunks`` is how many chunks were published before it. Of a request for
+    several choices ``text``, ``calls`` and ``finish_reason`` are the first one's; ``data`` holds them all.
 
     Terminal messages carry ``attempt``: how many processes of the service took the request up. One that was published
     right before a crash may come again, with a higher number.
@@ -84,21 +90,6 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
         reason = self.data.choices[0].finish_reason
         assert reason is not None
         return reason
-
-    def rest(self, seq: int, text: str, calls: int) -> Chunk:
-        """What was lost on the way, ``text`` and all but so many ``calls``, as one more chunk."""
-        data = piece(
-            chat=isinstance(self.data, ChatCompletion),
-            request_id=self.request_id,
-            created=self.data.created,
-            model=self.data.model,
-            text=text,
-            reason=self.finish_reason,
-            first=seq == 0,
-            calls=self.calls[calls:],
-            calls_before=calls,
-        )
-        return Chunk(self.request_id, seq, data)
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):

@@ -191,6 +191,8 @@ async def _drain(running: service.Service, told: asyncio.Semaphore) -> None:
 @click.option("--frequency-penalty", type=float)
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True)
+@click.option("--n", type=int, help="So many answers, told when all have ended, with a line of three dashes between them.")
+@click.option("--best-of", type=int, help="Generate so many, and tell the likeliest.")
 @click.option(
     "--logprobs", type=int, metavar="K", help="With --json: each token's log probability and the K likeliest."
 )
@@ -222,7 +224,7 @@ def submit(
         stop=list(stop) or None,
         logprobs=None if logprobs is None else True,
         top_logprobs=logprobs,
-        stream=not as_json,
+        stream=not as_json and not {"n", "best_of"} & given.keys(),
         **given,
     )
     try:
@@ -244,12 +246,14 @@ async def _submit(client: Client, request: Request, model: str, as_json: bool) -
     async with client:
         stream = client.stream(request, model=model)
         async for chunk in stream:
-            if not as_json:
+            if request.stream:
                 click.echo(chunk.text, nl=False)
         if as_json:
             click.echo(msgspec.json.format(msgspec.json.encode(stream.result)))
-        else:
+        elif request.stream:
             click.echo()
+        else:
+            click.echo("\n---\n".join(choice.text for choice in stream.result.data.choices))
 
 
 @main.command()

@@ -10,13 +10,13 @@ from protocol import replies, topics
 from protocol.errors import ServiceError
 from protocol.transport import BrokerAddress, Transport
 from scheduler.admission import Admission
-from scheduler.chat import Chat, preload
+from scheduler.chat import preload
 from scheduler.config import EMBEDDED, Config
 from scheduler.console.activity import Activity
 from scheduler.console.server import PREFIX, console_for
 from scheduler.core import policies
+from scheduler.core.sequence import Sequence
 from scheduler.fleet import Fleet
-from scheduler.generation import sequence_for
 from scheduler.http import HttpServer, tls_context
 from scheduler.journal.entry import Entry, Journal
 from scheduler.journal.postgres import PostgresJournal
@@ -207,7 +207,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     egress = Egress(delivery, journal, engine, chat, admission, outlook, metrics, activity, spans, flush_s)
     reader = Reader(chat, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
     watch = BrokerWatch(metrics.broker_dropped)
-    turns, load = _turns(journal, engine, egress, chat, config.engine.max_running)
+    turns, load = _turns(journal, engine, config.engine.max_running)
     ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch, metrics, turns)
     recovery = Recovery(journal, engine, admission, delivery, egress, config.model.alias, config.engine.attempts)
     fleet = None
@@ -299,16 +299,14 @@ async def _take_in(service: Service) -> None:
     await service.ingress.run()
 
 
-def _turns(
-    journal: Journal, engine: Engine, egress: Egress, chat: Chat, max_running: int
-) -> tuple[Turns, Callable[[], float]]:
+def _turns(journal: Journal, engine: Engine, max_running: int) -> tuple[Turns, Callable[[], float]]:
     """A replica's place among others, and what it tells of its load. Who shares no journal is alone."""
 
     def load() -> float:
-        return len(egress) / max_running
+        return len(engine.batcher) / max_running
 
     def cached(entry: Entry) -> float:
-        sequence = sequence_for(entry, engine.info, chat.backend)
+        sequence = Sequence(entry.id, entry.prompt, max_tokens=1, tenant=entry.tenant, adapter=entry.request.adapter)
         return engine.batcher.pool.cached_len(sequence) / sequence.prompt_len
 
     number = journal.number if isinstance(journal, PostgresJournal) else 0

@@ -112,9 +112,10 @@ def _attributes(generation: Generation, reply: Terminal) -> dict[str, AttributeV
         "gen_ai.request.top_p": request.top_p,
         "gen_ai.request.top_k": request.top_k,
         "gen_ai.request.seed": request.seed,
+        "gen_ai.request.choice.count": request.n if request.n > 1 else None,
         "gen_ai.response.id": entry.request_id,
         "gen_ai.response.model": entry.model,
-        "gen_ai.response.finish_reasons": [reply.finish_reason] if isinstance(reply, Result) else None,
+        "gen_ai.response.finish_reasons": _finish_reasons(reply),
         "gen_ai.usage.input_tokens": len(entry.prompt),
         "gen_ai.usage.cache_read.input_tokens": generation.cached_tokens,
         "gen_ai.usage.output_tokens": generation.completion_tokens,
@@ -124,3 +125,7 @@ def _attributes(generation: Generation, reply: Terminal) -> dict[str, AttributeV
         "tokenbus.attempt": entry.attempt,
     }
     return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _finish_reasons(reply: Terminal) -> list[str] | None:
+    return [str(choice.finish_reason) for choice in reply.data.choices] if isinstance(reply, Result) else None

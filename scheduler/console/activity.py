@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from heapq import nlargest
 from itertools import islice
 
+from scheduler.choice import request_of, sequence_id
 from scheduler.console.rate import Rate
 from scheduler.console.snapshot import Phase, RequestRow, Snapshot, Stage, TenantRow
 from scheduler.journal.entry import Entry
@@ -30,10 +31,11 @@ class _Tenant:
 
 @dataclass(slots=True)
 class _Request:
-    """``stage`` began at ``since``; ``past`` are the phases before it."""
+    """``sequences``: the ids of those that generate its choices. ``stage`` began at ``since``; ``past`` are the phases before it."""
 
     tenant: _Tenant
     request_id: str
+    sequences: list[str]
     prompt_tokens: int
     generated_tokens: int
     since: float
@@ -76,11 +78,14 @@ class Activity:
         """A request is in, and waits."""
         tenant = self._tenant(entry.tenant)
         tenant.waiting += 1
-        self._requests[entry.id] = _Request(tenant, entry.request_id, len(entry.prompt), generated_tokens, at)
+        sequences = [sequence_id(entry.id, index) for index in range(entry.request.num_choices)]
+        prompt_tokens = len(entry.prompt)
+        self._requests[entry.id] = _Request(tenant, entry.request_id, sequences, prompt_tokens, generated_tokens, at)
 
     def observe(self, report: StepReport) -> None:
         """Take in one iteration, before anything ends by it."""
-        for id in report.rows:
+        for row in report.rows:
+            id, _ = request_of(row)
             if id not in self._running and (request := self._requests.get(id)) is not None:
                 self._enter(id, request, "prefill", report.at - report.seconds)
         self._take_tokens(report)
@@ -139,21 +144,26 @@ class Activity:
     def _take_tokens(self, report: StepReport) -> None:
         tokens: Counter[str] = Counter()
         for event in report.events:
-            request = self._requests.get(event.id)
+            id, _ = request_of(event.id)
+            request = self._requests.get(id)
             if request is not None:
                 request.generated_tokens += 1
                 tokens[request.tenant.name] += 1
                 if request.stage != "decode":
-                    self._enter(event.id, request, "decode", report.at)
+                    self._enter(id, request, "decode", report.at)
         for tenant, count in tokens.items():
             self._tenants[tenant].rate.add(count, report.at)
 
     def _find_preempted(self, at: float) -> None:
         batcher = self._engine.batcher
         # Who ended is in the batcher no longer, and will be told of as the report is worked through.
-        preempted = [id for id in self._running if id in batcher and id not in batcher.running]
-        for id in preempted:
-            self._enter(id, self._running[id], "preempted", at)
+        preempted = [
+            (id, request)
+            for id, request in self._running.items()
+            if any(id in batcher for id in request.sequences) and not any(id in batcher.running for id in request.sequences)
+        ]
+        for id, request in preempted:
+            self._enter(id, request, "preempted", at)
 
     def _enter(self, id: str, request: _Request, stage: Stage, at: float) -> None:
         self._count(request, -1)

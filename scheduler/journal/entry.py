@@ -8,6 +8,7 @@ import msgspec
 
 from protocol.plan import Scored
 from protocol.request import Request
+from scheduler.core.sequence import FinishReason
 
 #: A generated token, with its scores where the request asks for log probabilities.
 Token = int | Scored
@@ -15,6 +16,15 @@ Token = int | Scored
 
 def token_id(token: Token) -> int:
     return token.token if isinstance(token, Scored) else token
+
+
+class Piece(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Generated tokens of one choice, at least one, that are journalled together. ``finish``: why its sequence ended with the last
+    of them, if it did; that a stop string ended it the tokens say."""
+
+    tokens: list[Token]
+    choice: int = 0
+    finish: FinishReason | None = None
 
 
 class JournalError(Exception):
@@ -37,7 +47,7 @@ class Entry(msgspec.Struct, kw_only=True):
     """``id`` is ``tenant/request_id``. ``accepted_at`` and ``expires_at`` are in Unix seconds; None: never.
 
     ``attempt`` counts the processes that took it up, ``trials`` those that died while it ran alone for that reason.
-    ``records`` holds the generated tokens, one list for each piece that was published. ``reply`` is the terminal message.
+    ``pieces`` are those that were published. ``reply`` is the terminal message.
     """
 
     id: str
@@ -50,7 +60,7 @@ class Entry(msgspec.Struct, kw_only=True):
     expires_at: float | None = None
     attempt: int = 1
     trials: int = 0
-    records: list[list[Token]] = []
+    pieces: list[Piece] = []
     reply: bytes | None = None
 
     def is_overdue(self, now: float) -> bool:
@@ -110,8 +120,8 @@ class Journal(Protocol):
     def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
         """What is known of these ids."""
 
-    def progress(self, records: Iterable[tuple[str, int, list[Token]]]) -> Awaitable[Collection[str]]:
-        """Write tokens as ``(id, number of the record, tokens)``. Of those ids that are returned nothing was written:
+    def progress(self, pieces: Iterable[tuple[str, int, Piece]]) -> Awaitable[Collection[str]]:
+        """Write pieces as ``(id, number of the piece, piece)``. Of those ids that are returned nothing was written:
         another process has taken them over."""
 
     def listen(self, id: str, listeners: Sequence[Listener]) -> Awaitable[None]:

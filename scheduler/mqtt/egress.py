@@ -4,17 +4,18 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 
 from protocol.errors import ErrorBody, RequestError, ServiceError
 from protocol.plan import NO_TOKEN
 from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Terminal
 from scheduler.admission import Admission
 from scheduler.chat import Chat
+from scheduler.choice import Choice, request_of, sequence_id
 from scheduler.console.activity import Activity
-from scheduler.core.sequence import FinishReason
+from scheduler.core.sequence import FinishReason, Sequence
 from scheduler.deadlines import Deadlines
-from scheduler.generation import Generation, sequence_for
+from scheduler.generation import Generation, check_runs, sequences_for
 from scheduler.journal.entry import Entry, Journal, Listener, Token
 from scheduler.loop import Engine, Failure, StepReport
 from scheduler.metrics.series import Metrics
@@ -81,13 +82,13 @@ class Egress:
         """Run an entry that has its place, and say that it is in. From here on it ends in exactly one terminal message."""
         if entry.is_overdue(time.time()):
             self._admission.release(entry)
-            generated = sum(len(record) for record in entry.records)
+            generated = sum(len(piece.tokens) for piece in entry.pieces)
             self._close(entry, Expired(entry.request_id, generated, entry.attempt), "expired")
             return
         try:
-            sequence = sequence_for(entry, self._engine.info, self._chat.backend)
+            check_runs(entry, self._engine.info)
             generation = Generation.of(entry, self._chat, self._engine.now() - max(time.time() - entry.accepted_at, 0))
-            self._engine.submit(sequence)
+            self._engine.submit(*sequences_for(generation, self._engine.info))
         except RequestError as error:
             self._admission.release(entry)
             self.abandon(entry, error.body)
@@ -151,14 +152,16 @@ class Egress:
         """Another replica has taken a request over, and answers it; nothing is said here. Does nothing for one that has ended."""
         generation = self._generations.get(id)
         if generation is not None:
-            self._engine.end(id)
             self._leave(generation, "taken_over")
 
     def fail_all(self, error: ServiceError) -> None:
         """End everything that runs, for want of a journal to keep it."""
         for generation in list(self._generations.values()):
-            self._engine.end(generation.entry.id)
             self._fail(generation, error)
+
+    def take_out(self, id: str) -> list[Sequence]:
+        """Have a request generate nothing more for now; returns what is to be submitted anew, together, for it to go on."""
+        return [] if id not in self._generations else self._halt(self._generations[id])
 
     async def wait_empty(self) -> None:
         """Wait until no accepted request is left."""
@@ -167,7 +170,7 @@ class Egress:
 
     async def wait_for_token(self, id: str) -> None:
         """Wait until a request has generated a token in this process, or ended."""
-        while id in self._generations and self._generations[id].last_token_at is None:
+        while id in self._generations and not self._generations[id].has_spoken:
             await self._changes()
 
     async def run(self) -> None:
@@ -194,11 +197,11 @@ class Egress:
     async def _flush(self) -> None:
         """A chunk is published once its tokens are journalled: what a client has seen can't come out otherwise later."""
         dirty, self._dirty = self._dirty, set()
-        pieces = [(generation, *cut) for id in dirty if (cut := (generation := self._generations[id]).cut())]
+        generations = [self._generations[id] for id in dirty]
+        pieces = [(generation, *piece) for generation in generations for piece in generation.cut()]
         if not pieces:
             return
-        records = [(generation.entry.id, number, tokens) for generation, number, tokens in pieces]
-        lost = await self._journal.progress(records)
+        lost = await self._journal.progress([(generation.entry.id, *piece) for generation, *piece in pieces])
         for id in lost:
             self.drop(id)
         for generation, number, _ in pieces:
@@ -215,21 +218,23 @@ class Egress:
         self._outlook.observe(report)
         self._activity.observe(report)
         for id, cached in report.starts.items():
-            generation = self._unstarted.pop(id, None)
+            generation = self._unstarted.pop(request_of(id)[0], None)
             if generation is not None:
                 self._take_start(generation, cached, report.at - report.seconds)
         for id, (first, scored) in report.prompts.items():
-            generation = self._generations.get(id)
+            generation = self._generations.get(request_of(id)[0])
             if generation is not None:
                 generation.score_prompt(first, scored)
         for event in report.events:
-            generation = self._generations.get(event.id)
+            id, index = request_of(event.id)
+            generation = self._generations.get(id)
             if generation is not None and event.token == NO_TOKEN:
                 self._fail(generation, lost_structure(generation.entry.request))
             elif generation is not None:
-                self._take_token(generation, report.scored.get(event.id, event.token), event.finish, report.at)
+                choice = generation.choices[index]
+                self._take_token(generation, choice, report.scored.get(event.id, event.token), event.finish, report.at)
         for failure in report.given_up:
-            generation = self._generations.get(failure.id)
+            generation = self._generations.get(request_of(failure.id)[0])
             if generation is not None:
                 self._give_up(generation, failure)
 
@@ -240,23 +245,25 @@ class Egress:
         series.prompt.inc(len(generation.entry.prompt))
         series.cached.inc(cached)
 
-    def _take_token(self, generation: Generation, token: Token, finish: FinishReason | None, at: float) -> None:
-        series = self._metrics.of(generation.entry.tenant)
+    def _take_token(
+        self, generation: Generation, choice: Choice, token: Token, finish: FinishReason | None, at: float
+    ) -> None:
+        series, id = self._metrics.of(generation.entry.tenant), generation.entry.id
         series.generated.inc()
-        if generation.last_token_at is not None:
-            series.itl.observe(at - generation.last_token_at)
-        elif generation.completion_tokens == 0:  # else an earlier process gave the first one
+        if choice.last_token_at is not None:
+            series.itl.observe(at - choice.last_token_at)
+        elif generation.completion_tokens == 0:  # else a sibling, or an earlier process, gave the first one
             series.ttft.observe(at - generation.accepted_at)
         self._admission.generated(generation.entry)
-        reason = generation.push(token, at, finish)
-        if reason is None:
-            self._dirty.add(generation.entry.id)
+        generation.push(choice, token, at, finish)
+        if choice.reason is not None and finish is None:
+            self._engine.end(sequence_id(id, choice.index))
+        if choice.reason is not None and not generation.unended():
+            last = generation.last_chunks()
+            self._end(generation, generation.result(at), generation.outcome, last)
+        else:
+            self._dirty.add(id)
             self._text_came.set()
-            return
-        if finish is None:
-            self._engine.end(generation.entry.id)
-        last = generation.last_chunk(reason)
-        self._end(generation, generation.result(reason, at), reason, last)
 
     def _give_up(self, generation: Generation, failure: Failure) -> None:
         if not failure.crashed:
@@ -273,7 +280,6 @@ class Egress:
 
     def _stop(self, generation: Generation, kind: type[Cancelled | Expired], outcome: str) -> None:
         entry = generation.entry
-        self._engine.end(entry.id)
         self._end(generation, kind(entry.request_id, generation.completion_tokens, entry.attempt), outcome)
 
     def _close(self, entry: Entry, reply: Terminal, outcome: str, why: str | None = None) -> None:
@@ -286,13 +292,19 @@ class Egress:
         )
         self._delivery.finish(entry, reply)
 
-    def _end(self, generation: Generation, reply: Terminal, outcome: str, last: Chunk | None = None) -> None:
+    def _end(self, generation: Generation, reply: Terminal, outcome: str, last: Collection[Chunk] = ()) -> None:
         self._leave(generation, outcome)
         delivered = self._delivery.finish(generation.entry, reply, last)
         self._tracing.ended(generation, reply, delivered)
 
+    def _halt(self, generation: Generation) -> list[Sequence]:
+        """Stop whatever still runs of it."""
+        ids = [sequence_id(generation.entry.id, choice.index) for choice in generation.unended()]
+        return [sequence for id in ids if (sequence := self._engine.end(id)) is not None]
+
     def _leave(self, generation: Generation, outcome: str) -> None:
         """It is held no longer."""
+        self._halt(generation)
         entry = generation.entry
         del self._generations[entry.id]
         self._unstarted.pop(entry.id, None)

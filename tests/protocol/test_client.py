@@ -13,7 +13,7 @@ from protocol import topics
 from protocol.chat import FunctionCall, ToolCall
 from protocol.client import Client, RequestCancelled, RequestExpired, Stream
 from protocol.errors import ErrorBody, RequestError
-from protocol.openai import Usage, answer, piece
+from protocol.openai import Answer, Usage, answer, piece
 from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Result, Status, Timings, encode
 from protocol.request import Message, Request
 from protocol.topics import TopicError
@@ -104,16 +104,17 @@ async def test_lost_chunks_come_with_the_result(
 @pytest.mark.parametrize("arriving", [0, 1, 2])
 async def test_lost_tool_calls_come_with_the_result(serve: Serve, client: Client, arriving: int) -> None:
     calls = [ToolCall(f"c{number}", FunctionCall("look", "{}")) for number in range(2)]
-    common = {"chat": True, "created": 1, "model": "m", "text": ""}
+    common = {"chat": True, "created": 1, "model": "m"}
 
     async def lossy(call: Call) -> None:
         await call.accept()
         for number in range(arriving):
-            data = piece(
-                request_id=call.id, reason=None, first=not number, calls=[calls[number]], calls_before=number, **common
-            )
+            told = {"text": "", "calls": [calls[number]], "calls_before": number}
+            data = piece(request_id=call.id, reason=None, first=not number, **told, **common)
             await call.say(Chunk(call.id, number, data))
-        whole = answer(request_id=call.id, reason="tool_calls", usage=Usage(1, 2, 3), calls=calls, **common)
+        whole = answer(
+            request_id=call.id, answers=[Answer("", "tool_calls", calls)], usage=Usage(1, 2, 3), **common
+        )
         await call.say(Result(call.id, whole, Timings(0.0, 0.1, 0.2), 3))
 
     serve(lossy)
