@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from protocol import openai, plan, replies
 from protocol.chat import FunctionCall, ToolCall
 from protocol.errors import BadRequest
-from protocol.openai import PromptLogprob, TokenLogprob, TokenLogprobs, TopLogprob, Usage
+from protocol.openai import Answer, PromptLogprob, TokenLogprob, TokenLogprobs, TopLogprob, Usage
 from protocol.request import Message, Request, decode_request, encode_request
 
 
@@ -69,7 +69,11 @@ ABBREVIATIONS = {
         (b'{"prompt": "a", "temperature": 2.5}', "temperature", "<= 2.0"),
         (b'{"prompt": "a", "temperature": -1}', "temperature", ">= 0.0"),
         (b'{"prompt": "a", "top_p": 0}', "top_p", "> 0.0"),
-        (b'{"prompt": "a", "n": 2}', "n", "<= 1"),
+        (b'{"prompt": "a", "n": 0}', "n", ">= 1"),
+        (b'{"prompt": "a", "n": 129}', "n", "<= 128"),
+        (b'{"prompt": "a", "best_of": 0}', "best_of", ">= 1"),
+        (b'{"prompt": "a", "n": 3, "best_of": 2}', "best_of", "at least n, 3"),
+        (b'{"prompt": "a", "n": 2, "best_of": 3, "stream": true}', "best_of", "can't be streamed"),
         (b'{"prompt": "a", "stop": ""}', "stop", "length >= 1"),
         (b'{"prompt": "a", "stop": ["x", ""]}', "stop[1]", "length >= 1"),
         (b'{"prompt": "a", "priority": 101}', "priority", "<= 100"),

@@ -37,7 +37,7 @@ def request(tenant: str, tokens: int = 1) -> Entry:
 def admission(
     clock: Clock | None = None, *, per_tenant: int = 2, in_all: int = 3, prompt_tokens: int = 100
 ) -> Admission:
-    return Admission(Bounds(in_all, prompt_tokens, lambda _: Quota(per_tenant)), clock or Clock())
+    return Admission(Bounds(in_all, prompt_tokens, 4, lambda _: Quota(per_tenant)), clock or Clock())
 
 
 def refusal(asked: Admission, tenant: str = "late", tokens: int = 1, **named) -> Busy:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import random
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ from protocol.plan import Pong, StepPlan, StepResult, Work, WorkerConfig
 from protocol.request import Request
 from scheduler.core.batcher import TokenEvent
 from scheduler.core.policies.fair import Fair
-from scheduler.generation import sequence_for
+from scheduler.generation import Generation, sequences_for
 from scheduler.journal.entry import Entry
 from scheduler.loop import Engine, StepReport
 from scheduler.outlook import Outlook
@@ -249,7 +250,8 @@ class Service:
     def begin(self, *entries: Entry) -> None:
         for one in entries:
             self.outlook.begin(one)
-            self.engine.submit(sequence_for(one, INFO, byte_tokenizer()))
+            chat = SimpleNamespace(backend=byte_tokenizer(), tool_parser=lambda *_: None)
+            self.engine.submit(*sequences_for(Generation.of(one, chat, 0.0), INFO))
 
     async def until_done(self, id: str) -> float:
         """When it was."""

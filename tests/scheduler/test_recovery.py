@@ -16,7 +16,7 @@ from protocol.replies import Accepted, Chunk, Expired, Failed, Quarantined, Resu
 from protocol.request import Request
 from scheduler.admission import Admission, Bounds
 from scheduler.console.activity import Activity
-from scheduler.journal.entry import Entry, Listener
+from scheduler.journal.entry import Entry, Listener, Piece
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.loop import Engine
 from scheduler.metrics.series import Metrics
@@ -136,7 +136,7 @@ class Process:
         self.worker = self.engine._worker = Worker(self.journal, self._fatal)
         self.worker.engine = await enter(self.engine)
         group = await enter(asyncio.TaskGroup())
-        self.admission = Admission(Bounds(100, 10_000, lambda _: Quota(100)), self.engine.now)
+        self.admission = Admission(Bounds(100, 10_000, 16, lambda _: Quota(100)), self.engine.now)
         self.metrics = Metrics()
         self.delivery = Delivery(self.broker, self.journal, group, self.metrics)
         chat = SimpleNamespace(backend=TOKENIZER, tool_parser=lambda *_: None)
@@ -193,7 +193,7 @@ async def leave(path: Path, *entries: Entry, ended: dict[str, bytes] | None = No
     async with Journal(path) as journal:
         await journal.accept(entries)
         for one in entries:
-            await journal.progress([(one.id, number, tokens) for number, tokens in enumerate(one.records)])
+            await journal.progress([(one.id, number, piece) for number, piece in enumerate(one.pieces)])
             for _ in range(one.trials):
                 await journal.trial(one.id, begins=True)
         for name, reply in (ended or {}).items():
@@ -207,7 +207,7 @@ async def unfinished(path: Path) -> dict[str, tuple[int, int]]:
 
 
 async def test_an_ordinary_request_goes_on_after_its_journalled_tokens(path):
-    await leave(path, entry("a", tokens=5, records=[[LETTER], [LETTER, LETTER]]))
+    await leave(path, entry("a", tokens=5, pieces=[Piece([LETTER]), Piece([LETTER, LETTER])]))
     async with Process(path) as process:
         await process.settle()
         first, *_ = process.worker.steps
@@ -295,7 +295,7 @@ async def test_a_model_that_is_no_longer_served_ends_its_requests(path):
 
 
 async def test_what_is_overdue_ends_as_expired_and_is_not_computed(path):
-    overdue = entry("a", expires_at=1001.0, records=[[LETTER], [LETTER, LETTER]])
+    overdue = entry("a", expires_at=1001.0, pieces=[Piece([LETTER]), Piece([LETTER, LETTER])])
     await leave(path, overdue, entry("suspect", attempt=3, expires_at=1001.0), entry("in time", expires_at=1e11))
     async with Process(path) as process:
         await process.settle()
@@ -346,7 +346,7 @@ async def test_an_end_that_may_not_have_arrived_is_told_again_with_the_higher_at
 
 
 async def test_a_chunk_that_may_not_have_arrived_is_published_again(path):
-    await leave(path, entry("a", records=[[LETTER], [LETTER, LETTER]]))
+    await leave(path, entry("a", pieces=[Piece([LETTER]), Piece([LETTER, LETTER])]))
     async with Process(path, fatal="a") as process:
         await process.worker.reached.wait()
         assert [(chunk.seq, chunk.text) for chunk in process.broker.chunks("a")] == [(1, "xx")]

@@ -10,7 +10,7 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from protocol.errors import ServiceError
-from protocol.openai import answer
+from protocol.openai import Answer, answer
 from protocol.replies import Cancelled, Failed, Result, Terminal
 from protocol.request import Message, Request
 from scheduler.config import ConfigError, TracingConfig, load
