@@ -1,7 +1,7 @@
 """Invariants of the batcher after every step of random histories, under every policy: arrivals, cancels, crashes, tiny pools,
 prompts that begin alike, steps planned ahead, drafts right and wrong, requests for several texts."""
 
-from collections import deque
+from collections import Counter, deque
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -171,6 +171,7 @@ class Histories(RuleBasedStateMachine):
         assert 0 < work.tokens == len(plan.decodes) + sum(row.length for row in plan.rows) + verified
         if self.policy in ("fair", "chunked"):
             assert work.tokens <= limits.max_batch_tokens
+        self.check_that_nothing_shared_is_written(plan)
         slots = slots_of(plan)
         assert len(set(slots)) == len(slots) <= limits.max_running
         # The device runs steps in order, so what it samples is known here; the batcher hears of it later.
@@ -180,6 +181,18 @@ class Histories(RuleBasedStateMachine):
         )
         fails = any(result is None for _, result, _ in self.in_flight) or poisonous
         self.in_flight.append((plan, None if fails else self.worker.run(plan, self.sample), poisonous))
+
+    def check_that_nothing_shared_is_written(self, plan):
+        draft, size = self.batcher.draft_of(plan), self.batcher.pool.block_size
+        written = [(sequence, sequence.computed - 1, sequence.computed) for sequence in draft.decoders]
+        written += [
+            (sequence, row.start, row.start + row.length)
+            for (sequence, _), row in zip(draft.owners, draft.rows, strict=True)
+        ]
+        holders = Counter(block for sequence in self.batcher.running.values() for block in sequence.blocks)
+        for sequence, start, end in written:
+            assert all(holders[block] == 1 for block in sequence.blocks[start // size : -(-end // size)])
+        assert all(holders[target] == 1 for _, target in plan.copies)
 
     def fail(self, *, lost):
         """The step whose result is due failed; the one at fault is given up the second time it is caught alone."""
