@@ -178,6 +178,18 @@ def test_what_siblings_share_is_found_by_later_requests(policy):
     assert prefilled(*finish(batcher)) == 2
 
 
+def test_every_text_is_found_by_who_goes_on_from_it():
+    batcher = make(running=4, budget=32, blocks=64, cache=True)
+    members = family(batcher, 3, max_tokens=16)
+    while len(batcher):
+        plan = batcher.plan()
+        batcher.apply(plan.step, [100 + sampler.slot for sampler in batcher.draft_of(plan).samplers])
+    assert len({tuple(member.tokens) for member in members}) == 3
+    for member in members:
+        turn = sequence("a/turn", [*member.tokens, 5], 1)
+        assert batcher.pool.cached_len(turn) == (len(member.tokens) - 1) // 4 * 4
+
+
 def test_all_are_refused_or_none():
     batcher = make(blocks=4, size=4)
     batcher.submit(sequence("a/1", 4, 4))
