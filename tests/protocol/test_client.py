@@ -124,6 +124,37 @@ async def test_lost_tool_calls_come_with_the_result(serve: Serve, client: Client
     assert (stream.result.calls, stream.result.finish_reason) == (calls, "tool_calls")
 
 
+@pytest.mark.parametrize("arriving", range(6))
+async def test_what_is_lost_of_several_choices_comes_with_the_result(
+    serve: Serve, client: Client, arriving: int
+) -> None:
+    texts = {0: "one two", 1: "three", 2: ""}
+    pieces = [(0, "one", None), (1, "three", "stop"), (0, " two", None), (2, "", "stop"), (0, "", "length")]
+    common = {"chat": True, "created": 1, "model": "m", "request_id": "r"}
+
+    async def lossy(call: Call) -> None:
+        await call.accept()
+        for seq, (index, text, reason) in enumerate(pieces[:arriving]):
+            first = all(index != other for other, _, _ in pieces[:seq])
+            data = piece(text=text, reason=reason, first=first, index=index, **common)
+            await call.say(Chunk(call.id, seq, data))
+        answers = [Answer(texts[0], "length"), Answer(texts[1], "stop"), Answer(texts[2], "stop")]
+        whole = answer(answers=answers, usage=Usage(1, 2, 3), **common)
+        await call.say(Result(call.id, whole, Timings(0.0, 0.1, 0.2), len(pieces)))
+
+    serve(lossy)
+    chunks = await read(client.stream(CHAT, model="m", request_id="r"))
+    heard, reasons = dict.fromkeys(texts, ""), {}
+    for received in chunks:
+        (choice,) = received.data.choices
+        assert (choice.delta.role == "assistant") == (choice.index not in {c.index for c in chunks[: received.seq]})
+        heard[choice.index] += choice.text
+        reasons[choice.index] = choice.finish_reason
+    assert heard == texts
+    assert reasons == {0: "length", 1: "stop", 2: "stop"}
+    assert [received.seq for received in chunks] == list(range(len(chunks)))
+
+
 async def test_repeated_chunks_are_dropped(serve: Serve, client: Client) -> None:
     async def repeating(call: Call) -> None:
         await call.say(Accepted(call.id), *call.chunks(0, 0, 1, 0, 1, 2, 1, 2, 3, 3), call.result())

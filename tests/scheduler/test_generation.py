@@ -232,17 +232,22 @@ def answer_of(request: Request, ids: list[int], cuts: list[bool], ends: str = "l
     raise AssertionError("it ends with its last token")
 
 
+def byte(letter: str) -> int:
+    (token,) = byte_tokenizer().encode(letter).ids
+    return token
+
+
 def test_choices_are_told_side_by_side_and_end_by_themselves():
     request = Request(messages=[Message("user", "Hi")], stop="!", stream=True, n=2)
     entry = Entry(id="a/a", model="m", request=request, prompt=[70], seed=1, accepted_at=0.0, listeners=[])
     generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=tool_parser), 0.0)
     one, two = generation.choices
-    generation.push(one, ord("a"), 1.0, None)
-    generation.push(two, ord("b"), 1.0, None)
-    generation.push(two, ord("!"), 2.0, None)
+    generation.push(one, byte("a"), 1.0, None)
+    generation.push(two, byte("b"), 1.0, None)
+    generation.push(two, byte("!"), 2.0, None)
     assert [generation.chunk(number) for number, _ in generation.cut()] == [generation.chunk(n) for n in (0, 1)]
     assert generation.unended() == [one]
-    generation.push(one, ord("c"), 2.0, "length")
+    generation.push(one, byte("c"), 2.0, "length")
     last = generation.last_chunks()
     told = [
         (chunk.seq, chunk.index, chunk.text, choice.delta.role, choice.finish_reason)
@@ -264,7 +269,7 @@ def test_the_likeliest_per_token_are_told_and_all_are_counted():
     written = [("a.", [-1.4, -1.4]), ("bb.", [-1.0, -1.0, -1.0]), ("c.", [-2.0, -2.0]), ("d.", [-0.1, -5.0])]
     for choice, (text, logprobs) in zip(generation.choices, written, strict=True):
         for letter, logprob in zip(text, logprobs, strict=True):
-            scored = Scored(ord(letter), logprob, 1, [])
+            scored = Scored(byte(letter), logprob, 1, [])
             generation.push(choice, scored, 1.0, "stop" if letter == "." else None)
     result = generation.result(1.0)
     assert [(choice.index, choice.text) for choice in result.data.choices] == [(0, "bb"), (1, "a")]
@@ -383,7 +388,7 @@ def test_the_batcher_goes_on_after_the_journalled_tokens():
 
 def test_each_choice_that_has_not_ended_goes_on_with_draws_of_its_own():
     request = Request(prompt=[1, 2], max_tokens=10, n=4, prompt_logprobs=0, stop="!", stop_token_ids=[3])
-    pieces = [Piece([7], 1), Piece([8, 9], 2), Piece([7, 3], 0, "stop"), Piece([7, ord("!")], 3), Piece([9], 2)]
+    pieces = [Piece([7], 1), Piece([8, 9], 2), Piece([7, 3], 0, "stop"), Piece([7, byte("!")], 3), Piece([9], 2)]
     entry = Entry(
         id="a/a", model="m", request=request, prompt=[1, 2], seed=5, accepted_at=0.0, listeners=[], pieces=pieces
     )
