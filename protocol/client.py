@@ -10,7 +10,8 @@ from typing import ClassVar, Self
 import msgspec
 
 from protocol import topics
-from protocol.errors import RequestError, ServiceError
+from protocol.errors import RequestError
+from protocol.heard import Heard
 from protocol.kinds import AnyRequest, kind_of
 from protocol.openai import TextChoice
 from protocol.prefill import EmbeddingRequest, ScoreRequest
@@ -164,8 +165,8 @@ class Client:
 class Stream:
     """One request: iterate over its chunks; ``result`` is there when they end.
 
-    The chunks' texts and tool calls together are exactly the result's: should some be lost on the way, the last one carries the
-    rest. Leaving the iteration early cancels the request. Iterating raises RequestError (the service refused or
+    The chunks' texts and tool calls together are exactly the result's, of each choice: should some be lost on the way, the last
+    one carries the rest. Leaving the iteration early cancels the request. Iterating raises RequestError (the service refused or
     failed), RequestCancelled, RequestExpired, TransportError (the broker refused it), or TimeoutError when nobody accepted it.
     """
 
@@ -202,27 +203,19 @@ class Stream:
         return self._result
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        text = ""
-        expected = calls = 0
+        heard = Heard()
         self._exchange.join(self)
         sender = self._exchange.spawn(self._send(), name=f"send {self.request_id}")
         try:
             while not isinstance(reply := await self._next(), Result):
-                # Others came twice, or after one that was lost: what is missing comes with the result.
-                if reply.seq == expected:
-                    expected += 1
-                    text += reply.text
-                    calls += len(reply.calls)
+                if heard.take(reply):
                     yield reply
         finally:
             sender.cancel()
             self.leave()
         self._result = reply
-        rest = reply.text.removeprefix(text)
-        if text + rest != reply.text:
-            raise ServiceError("internal", "the result doesn't begin with the text that was streamed")
-        if rest or expected < reply.chunks:
-            yield reply.rest(expected, rest, calls)
+        for chunk in heard.missing(reply):
+            yield chunk
 
     def deliver(self, reply: Reply | Exception) -> None:
         self._ended = self._ended or isinstance(reply, TERMINAL)

@@ -246,26 +246,43 @@ def scored(
     return TextCompletion(f"cmpl-{request_id}", created, model, [choice], usage)
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one choice of an answer says, and why it ends."""
+
+    text: str
+    reason: FinishReason
+    calls: Sequence[ToolCall] = ()
+    logprobs: TokenLogprobs | None = None
+
+    @property
+    def message(self) -> AssistantMessage:
+        if self.calls:
+            return AssistantMessage(self.text or None, tool_calls=list(self.calls))
+        return AssistantMessage(self.text)
+
+
 def answer(
     *,
     chat: bool,
     request_id: str,
     created: int,
     model: str,
-    text: str,
-    reason: FinishReason,
+    answers: Sequence[Answer],
     usage: Usage,
-    calls: Sequence[ToolCall] = (),
-    logprobs: TokenLogprobs | None = None,
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET,
 ) -> ChatCompletion | TextCompletion:
     """The whole answer, as the kind of object that was asked for."""
     if chat:
-        message = AssistantMessage(text or None, tool_calls=list(calls)) if calls else AssistantMessage(text)
-        choice = ChatChoice(message, reason, 0, _for_chat(logprobs))
-        return ChatCompletion(f"chatcmpl-{request_id}", created, model, [choice], usage, prompt_logprobs)
-    choices = [TextChoice(text, 0, reason, _for_text(logprobs), prompt_logprobs)]
-    return TextCompletion(f"cmpl-{request_id}", created, model, choices, usage)
+        choices = [
+            ChatChoice(each.message, each.reason, index, _for_chat(each.logprobs)) for index, each in enumerate(answers)
+        ]
+        return ChatCompletion(f"chatcmpl-{request_id}", created, model, choices, usage, prompt_logprobs)
+    text_choices = [
+        TextChoice(each.text, index, each.reason, _for_text(each.logprobs), prompt_logprobs)
+        for index, each in enumerate(answers)
+    ]
+    return TextCompletion(f"cmpl-{request_id}", created, model, text_choices, usage)
 
 
 def piece(
@@ -277,15 +294,16 @@ def piece(
     text: str,
     reason: FinishReason | None,
     first: bool,
+    index: int = 0,
     calls: Sequence[ToolCall] = (),
     calls_before: int = 0,
     logprobs: TokenLogprobs | None = None,
 ) -> ChatCompletionChunk | TextCompletion:
-    """One piece of an answer; the first of a chat names the role, the last carries the finish reason."""
+    """One piece of a choice; the first of a chat's names the role, the last carries the finish reason."""
     if chat:
         numbered = [ToolCallDelta(calls_before + n, call.id, call.function) for n, call in enumerate(calls)]
         delta = Delta(text, "assistant" if first else None, numbered or None)
-        choices = [ChatChunkChoice(delta, 0, reason, _for_chat(logprobs))]
+        choices = [ChatChunkChoice(delta, index, reason, _for_chat(logprobs))]
         return ChatCompletionChunk(f"chatcmpl-{request_id}", created, model, choices)
-    text_choices = [TextChoice(text, 0, reason, _for_text(logprobs))]
+    text_choices = [TextChoice(text, index, reason, _for_text(logprobs))]
     return TextCompletion(f"cmpl-{request_id}", created, model, text_choices)

@@ -150,7 +150,8 @@ class Work(msgspec.Struct, frozen=True):
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """``decodes`` are slots that compute their last token, the one after all that is computed, and sample the next: most of a
-    step, so nothing more is said of them. ``verifications`` are those that speculate; ``rows`` are all others.
+    step, so nothing more is said of them. ``verifications`` are those that speculate; ``rows`` are all others. Before anything is
+    computed ``copies`` are made, of the whole KV of one block each: from where, and to where, all read before any is written.
 
     After a `StepFailure` the scheduler sends an `Admission` for every sequence of that step again.
     """
@@ -160,6 +161,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     decodes: list[int]
     rows: list[Row]
     verifications: list[Verification] = []
+    copies: list[tuple[int, int]] = []
 
     @property
     def num_sampled(self) -> int:

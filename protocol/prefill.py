@@ -22,6 +22,7 @@ class PrefillRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     """What both kinds may say. Neither generates a token."""
 
     output_limit: ClassVar[int] = 0
+    num_choices: ClassVar[int] = 1
 
     model: str | None = None
     user: Annotated[str, Meta(max_length=256)] | None = None

@@ -19,7 +19,6 @@ from protocol.openai import (
     TextCompletion,
     ToolCallDelta,
     Usage,
-    piece,
 )
 
 
@@ -38,11 +37,17 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
 
 
 class Chunk(msgspec.Struct, frozen=True, tag="chunk"):
-    """A piece of text. ``seq`` counts 0, 1, 2, …: a gap means that one was lost and the result makes it whole."""
+    """A piece of one choice. ``seq`` counts 0, 1, 2, … over all of them: a gap means that one was lost and the result makes it
+    whole."""
 
     request_id: str
     seq: int
     data: ChatCompletionChunk | TextCompletion
+
+    @property
+    def index(self) -> int:
+        """Of which choice."""
+        return self.data.choices[0].index
 
     @property
     def text(self) -> str:
@@ -55,7 +60,8 @@ class Chunk(msgspec.Struct, frozen=True, tag="chunk"):
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
-    """Terminal: the whole answer, usage and timings. ``chunks`` is how many chunks were published before it.
+    """Terminal: the whole answer, usage and timings. ``chunks`` is how many chunks were published before it. Of a request for
+    several choices ``text``, ``calls`` and ``finish_reason`` are the first one's; ``data`` holds them all.
 
     Terminal messages carry ``attempt``: how many processes of the service took the request up. One that was published
     right before a crash may come again, with a higher number.
@@ -71,6 +77,11 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
     def text(self) -> str:
         """Empty for embeddings."""
         return "" if isinstance(self.data, EmbeddingList) else self.data.choices[0].text
+
+    @property
+    def texts(self) -> list[str]:
+        """Of all choices."""
+        return [] if isinstance(self.data, EmbeddingList) else [choice.text for choice in self.data.choices]
 
     @property
     def embeddings(self) -> list[list[float]]:
@@ -100,22 +111,6 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
         reason = self.data.choices[0].finish_reason
         assert reason is not None
         return reason
-
-    def rest(self, seq: int, text: str, calls: int) -> Chunk:
-        """What was lost on the way, ``text`` and all but so many ``calls``, as one more chunk."""
-        assert not isinstance(self.data, EmbeddingList)
-        data = piece(
-            chat=isinstance(self.data, ChatCompletion),
-            request_id=self.request_id,
-            created=self.data.created,
-            model=self.data.model,
-            text=text,
-            reason=self.finish_reason,
-            first=seq == 0,
-            calls=self.calls[calls:],
-            calls_before=calls,
-        )
-        return Chunk(self.request_id, seq, data)
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):

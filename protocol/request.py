@@ -20,6 +20,7 @@ MAX_SEED = (1 << 63) - 1
 MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
 
 __all__ = [
+    "MAX_CHOICES",
     "MAX_DEADLINE_MS",
     "MAX_LOGPROBS",
     "MAX_SEED",
@@ -31,6 +32,8 @@ __all__ = [
     "encode_request",
 ]
 
+#: As many answers may be asked for in the OpenAI API; a service may allow fewer.
+MAX_CHOICES = 128
 #: Of the likeliest tokens at one position, so many may be asked for.
 MAX_LOGPROBS = 20
 
@@ -40,6 +43,7 @@ TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenKey = Annotated[str, Meta(pattern="^[0-9]{1,10}$")]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Likeliest = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,7 +88,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     prompt_logprobs: Likeliest | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Meta(ge=1, le=1)] = 1
+    n: Choices = 1
+    best_of: Choices | None = None
     user: Annotated[str, Meta(max_length=256)] | None = None
     metadata: dict[str, str] | None = None
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
@@ -127,6 +132,11 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def num_choices(self) -> int:
+        """How many answers are generated; where that are more than ``n``, the best of them are told."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
@@ -161,6 +171,7 @@ def decode_request(payload: bytes) -> Request:
     _check_prompt(request)
     _check_lengths(request)
     _check_logprobs(request)
+    _check_best_of(request)
     for number, message in enumerate(request.messages or ()):
         message.check(f"messages[{number}]")
     check_tools(request.tools, request.tool_choice)
@@ -192,6 +203,13 @@ def _check_logprobs(request: Request) -> None:
         )
     if request.top_logprobs is not None and request.logprobs is not True:
         raise BadRequest("top_logprobs", "needs messages and logprobs = true")
+
+
+def _check_best_of(request: Request) -> None:
+    if request.num_choices < request.n:
+        raise BadRequest("best_of", f"must be at least n, {request.n}")
+    if request.num_choices > request.n and request.stream:
+        raise BadRequest("best_of", "which answers are the best is known at their ends: they can't be streamed")
 
 
 def _check_chat(request: Request) -> None:

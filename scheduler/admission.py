@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from protocol.errors import Busy
+from protocol.errors import BadRequest, Busy
 from scheduler.generation import context_exceeded
 from scheduler.journal.entry import Entry
 from scheduler.quotas import Account, Quota
@@ -18,10 +18,12 @@ _LOOKED_AT = 2
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Accepted requests that haven't ended, in all, and the prompt tokens they hold in memory; the quota of a tenant."""
+    """Accepted requests that haven't ended, in all, and the prompt tokens they hold in memory; the choices of one of them; the
+    quota of a tenant."""
 
     in_all: int
     prompt_tokens: int
+    choices: int
     quota: Callable[[str], Quota]
 
 
@@ -52,6 +54,7 @@ class Admission:
         """Take a place and pay for it from the tenant's quota. Raises Busy for now, BadRequest for good."""
         bounds, now = self._bounds, self._clock()
         account, tokens = self._account(entry.tenant), len(entry.prompt)
+        _check_choices(entry, bounds.choices)
         _check_context(entry, account.quota)
         account.check(tokens, now)
         if account.outstanding + account.elsewhere >= account.quota.outstanding:
@@ -59,7 +62,7 @@ class Admission:
             raise Busy("rate_limited", detail, self._wait_ms())
         if journal_full or self.outstanding >= bounds.in_all:
             raise Busy("overloaded", "too many requests are waiting", self._wait_ms())
-        if self._tokens and self._tokens + tokens > bounds.prompt_tokens:
+        if self._tokens and self._tokens + _held(entry) > bounds.prompt_tokens:
             raise Busy("overloaded", "too many prompt tokens are waiting", self._wait_ms())
         self.enter_anyway(entry)
         account.pay(tokens, now)
@@ -70,7 +73,7 @@ class Admission:
             self._last_end = self._clock()  # having had nothing to do says nothing of the pace
         self.outstanding += 1
         self._account(entry.tenant).outstanding += 1
-        self._tokens += len(entry.prompt)
+        self._tokens += _held(entry)
 
     def generated(self, entry: Entry) -> None:
         """A token of a request that has a place came out."""
@@ -87,7 +90,7 @@ class Admission:
         """A place was taken for what can't run."""
         self.outstanding -= 1
         self._accounts[entry.tenant].outstanding -= 1
-        self._tokens -= len(entry.prompt)
+        self._tokens -= _held(entry)
 
     def undo(self, entry: Entry) -> None:
         """A place was taken, and paid for, by ``enter`` for what turned out not to need one."""
@@ -123,6 +126,17 @@ class Admission:
     def _wait_ms(self) -> int:
         """One place becomes free about every mean interval between two ends."""
         return min(max(round(1000 * self._interval_s), _SHORTEST_WAIT_MS), _LONGEST_WAIT_MS)
+
+
+def _held(entry: Entry) -> int:
+    """Prompt tokens in memory: each choice has its own."""
+    return entry.request.num_choices * len(entry.prompt)
+
+
+def _check_choices(entry: Entry, most: int) -> None:
+    """Raises BadRequest for a request for more choices than the service generates for one."""
+    if entry.request.num_choices > most:
+        raise BadRequest("n" if entry.request.best_of is None else "best_of", f"must be at most {most} here")
 
 
 def _check_context(entry: Entry, quota: Quota) -> None:

@@ -186,6 +186,10 @@ async def _drain(running: service.Service, told: asyncio.Semaphore) -> None:
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True)
 @click.option(
+    "--n", type=int, help="So many answers, told when all have ended, with a line of three dashes between them."
+)
+@click.option("--best-of", type=int, help="Generate so many, and tell the likeliest.")
+@click.option(
     "--logprobs", type=int, metavar="K", help="With --json: each token's log probability and the K likeliest."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON instead of streaming text.")
@@ -209,17 +213,19 @@ async def submit(
         stop=list(stop) or None,
         logprobs=None if logprobs is None else True,
         top_logprobs=logprobs,
-        stream=not as_json,
+        stream=not as_json and not {"n", "best_of"} & given.keys(),
         **given,
     )
     stream = client.stream(request, model=model)
     async for chunk in stream:
-        if not as_json:
+        if request.stream:
             click.echo(chunk.text, nl=False)
     if as_json:
         show(stream.result)
-    else:
+    elif request.stream:
         click.echo()
+    else:
+        click.echo("\n---\n".join(stream.result.texts))
 
 
 @main.command()

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from protocol import topics
 from protocol.plan import AttentionName, DtypeName, WeightsName, WorkerConfig
+from protocol.request import MAX_CHOICES
 from protocol.transport import BrokerAddress
 from scheduler.core.policies import PolicyName
 from scheduler.core.speculation import Speculation
@@ -136,13 +137,15 @@ class JournalConfig(Section, frozen=True):
 
 
 class LimitsConfig(Section, frozen=True):
-    """``outstanding``: accepted requests that haven't ended, in all, and the ``prompt_tokens`` they may hold in memory.
+    """``outstanding``: accepted requests that haven't ended, in all, and the ``prompt_tokens`` they may hold in memory. ``choices``:
+    how many answers one request may ask for.
 
     The others are the limits of each tenant whose own section doesn't say otherwise; absent: none.
     """
 
     outstanding: Count = 10_000
     prompt_tokens: Count = 4_000_000
+    choices: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 16
     outstanding_per_tenant: Count = 1000
     requests_per_s: RequestsPerSecond | None = None
     tokens_per_min: TokensPerMinute | None = None

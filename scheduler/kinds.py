@@ -5,7 +5,7 @@ from protocol.plan import WorkerInfo
 from protocol.prefill import EmbeddingRequest, ScoreRequest
 from scheduler.chat import Chat
 from scheduler.core.sequence import Sequence
-from scheduler.generation import Generation, check_fits, sequence_for
+from scheduler.generation import Generation, check_adapter, check_fits, sequences_for
 from scheduler.journal.entry import Entry
 from scheduler.prefill import (
     EmbeddingPrefill,
@@ -35,22 +35,23 @@ def prompt_of(request: AnyRequest, chat: Chat, info: WorkerInfo) -> tuple[list[i
             return prompt, []
 
 
-def sequences_for(entry: Entry, chat: Chat, info: WorkerInfo) -> list[Sequence]:
-    """What the batcher is to run for a request, from where it is; the first has the request's id. Raises BadRequest."""
+def run_of(entry: Entry, chat: Chat, info: WorkerInfo, accepted_at: float) -> tuple[Run, list[list[Sequence]]]:
+    """Who makes an answer to a request, and what the batcher is to run for it, from where it is: together those with the same
+    prompt. ``accepted_at`` is on the engine's clock, in seconds. Raises BadRequest for what this worker can't run."""
+    check_adapter(entry.request.adapter, info)
     match entry.request:
         case EmbeddingRequest() | ScoreRequest():
-            return prefills_for(entry, info)
+            return _prefill_of(entry, chat, accepted_at)
         case _:
-            return [sequence_for(entry, info, chat.backend)]
+            check_fits(entry.request, entry.prompt, info)
+            generation = Generation.of(entry, chat, accepted_at)
+            return generation, [sequences_for(generation, info)]
 
 
-def run_of(entry: Entry, sequences: list[Sequence], chat: Chat, accepted_at: float) -> Run:
-    """Who makes an answer of what comes of these sequences; ``accepted_at`` is on the engine's clock, in seconds."""
+def _prefill_of(entry: Entry, chat: Chat, accepted_at: float) -> tuple[Prefill, list[list[Sequence]]]:
+    sequences = prefills_for(entry)
     lengths = {sequence.id: sequence.prompt_len for sequence in sequences}
-    match entry.request:
-        case EmbeddingRequest():
-            return EmbeddingPrefill(entry=entry, accepted_at=accepted_at, lengths=lengths)
-        case ScoreRequest():
-            return ScorePrefill(entry=entry, accepted_at=accepted_at, lengths=lengths, tokenizer=chat.backend)
-        case _:
-            return Generation.of(entry, chat, accepted_at)
+    families = [[sequence] for sequence in sequences]
+    if isinstance(entry.request, EmbeddingRequest):
+        return EmbeddingPrefill(entry=entry, accepted_at=accepted_at, lengths=lengths), families
+    return ScorePrefill(entry=entry, accepted_at=accepted_at, lengths=lengths, tokenizer=chat.backend), families

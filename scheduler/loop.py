@@ -52,10 +52,11 @@ class StepReport:
     """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` the rest of the time since the result before, or
     since there was work; it is negative when that result was read late. ``waited_s``: how long the worker had waited for the plan
     while there was work. ``prefill_tokens`` were computed; ``starts`` says how many tokens the prefix cache spared those who ran
-    for the first time. ``accepted``: drafts of each verification that drafted any. ``scored`` are those of the events' tokens
-    that were to be, ``prompts`` prompt tokens from a position on, ``pooled`` what is made of the hidden states from a position
-    on, all by sequence. ``prefills`` wanted no more than their prompts computed, and have ended. ``ok`` is false for a step that
-    failed. ``plan_s``: how long it took to plan. ``charges``: service units that tenants were charged since the report before.
+    for the first time; in all, ``forked_tokens`` of prompts were had from siblings. ``accepted``: drafts of each verification
+    that drafted any. ``scored`` are those of the events' tokens that were to be, ``prompts`` prompt tokens from a position on,
+    ``pooled`` what is made of the hidden states from a position on, all by sequence. ``prefills`` wanted no more than their
+    prompts computed, and have ended. ``ok`` is false for a step that failed. ``plan_s``: how long it took to plan. ``charges``:
+    service units that tenants were charged since the report before.
     """
 
     step: int
@@ -77,6 +78,7 @@ class StepReport:
     rejected_tokens: int
     worker_restarts: int
     cancelled_tokens: int = 0
+    forked_tokens: int = 0
     plan_s: float = 0.0
     ok: bool = True
     starts: dict[str, int] = field(default_factory=dict)
@@ -167,9 +169,9 @@ class Engine:
         """Seconds on the clock that reports are stamped with."""
         return self._clock()
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises CapacityError, or ValueError for an id in use."""
-        self.batcher.submit(sequence)
+    def submit(self, *sequences: Sequence) -> None:
+        """Queue a sequence, or several with the same prompt. Raises CapacityError, or ValueError for an id in use."""
+        self.batcher.submit(*sequences)
         self._work_came.set()
 
     def end(self, id: str) -> Sequence | None:
@@ -326,6 +328,7 @@ class Engine:
                 rejected_tokens=batcher.counters.rejected_tokens,
                 worker_restarts=self.worker_restarts,
                 cancelled_tokens=batcher.counters.cancelled_tokens,
+                forked_tokens=batcher.counters.forked_tokens,
                 plan_s=step.plan_s,
                 ok=ok,
                 accepted=accepted or [],

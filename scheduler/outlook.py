@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from protocol.errors import DeadlineUnreachable
 from scheduler.estimate import Pace, Queue, Work, estimate_s
-from scheduler.journal.entry import Entry
+from scheduler.journal.entry import Entry, request_of
 from scheduler.loop import StepReport
 
 #: Weight of the newest request in the moving average of what is generated where no limit is given.
@@ -30,6 +30,10 @@ class _Request:
     prompt: int = 0
     output: int = 0
     generated: int = 0
+
+    @property
+    def choices(self) -> int:
+        return self.entry.request.num_choices
 
     def advance(self) -> None:
         """A token of it came out, and with the first one its prompt is done."""
@@ -62,6 +66,7 @@ class Outlook:
         self._tenants: dict[str, _Tenant] = {}
         self._weights = 0.0
         self._usual_output = 1.0
+        self._choices = 0
 
     def begin(self, entry: Entry, generated: int = 0) -> None:
         """It is outstanding; an earlier process generated so many of its tokens, which are to be computed like a prompt."""
@@ -73,13 +78,14 @@ class Outlook:
         request = self._requests[entry.id] = _Request(entry, tenant.ranks[entry.request.priority])
         request.change(whole.prompt + generated, max(whole.output - generated, 0))
         tenant.requests += 1
+        self._choices += request.choices
 
     def observe(self, report: StepReport) -> None:
         """Take in one iteration, before anything ends by it."""
         if report.ok:
             self._pace.observe(report.prefill_tokens + report.decode_tokens, report.seconds + report.gap_s)
         for event in report.events:
-            request = self._requests.get(event.id)
+            request = self._requests.get(request_of(event.id)[0])
             if request is not None:
                 request.advance()
 
@@ -87,8 +93,9 @@ class Outlook:
         """It is outstanding no longer."""
         request = self._requests.pop(id)
         request.change(-request.prompt, -request.output)
+        self._choices -= request.choices
         if request.entry.request.output_limit is None:
-            self._usual_output += _NEWEST * (request.generated - self._usual_output)
+            self._usual_output += _NEWEST * (request.generated / request.choices - self._usual_output)
         name = request.entry.tenant
         self._tenants[name].requests -= 1
         if not self._tenants[name].requests:
@@ -102,9 +109,9 @@ class Outlook:
         if not entry.request.refuse_late or entry.expires_at is None or not self._pace.known:
             return
         left_s = entry.expires_at - now
-        # Where no limit is given nobody can say more than when the answer begins.
-        limit = entry.request.output_limit
-        own = Work(len(entry.prompt), 1 if limit is None else limit)
+        # Where no limit is given nobody can say more than when the answer begins. Choices run beside each other if they can.
+        limit, rounds = entry.request.output_limit, -(-entry.request.num_choices // self._seats)
+        own = Work(len(entry.prompt), rounds * (1 if limit is None else limit))
         needed_s = estimate_s(self._pace, self._queue(entry, before), own)
         if needed_s > left_s:
             raise DeadlineUnreachable(left_ms=max(round(1000 * left_s), 0), estimate_ms=round(1000 * needed_s))
@@ -119,9 +126,11 @@ class Outlook:
         newcomers = {e.tenant for e in (*before, entry)} - self._tenants.keys()
         weights = self._weights + sum(map(self._weight, newcomers))
         own_weight = self._weight(entry.tenant) if tenant is None else tenant.weight
-        return Queue(len(self._requests) + len(before), self._seats, sum(works, Work()), own_weight / weights)
+        choices = self._choices + sum(e.request.num_choices for e in before) + entry.request.num_choices - 1
+        return Queue(choices, self._seats, sum(works, Work()), own_weight / weights)
 
     def _work(self, entry: Entry) -> Work:
         """All of it; who gave no limit is taken to generate as much as others did who gave none."""
         limit = entry.request.output_limit
-        return Work(len(entry.prompt), round(self._usual_output) if limit is None else limit)
+        output = round(self._usual_output) if limit is None else limit
+        return Work(len(entry.prompt), entry.request.num_choices * output)

@@ -25,7 +25,8 @@ from scheduler.tools import FormatName
 
 
 def bounds_of(config: Config) -> Bounds:
-    return Bounds(config.limits.outstanding, config.limits.prompt_tokens, config.quota)
+    limits = config.limits
+    return Bounds(limits.outstanding, limits.prompt_tokens, limits.choices, config.quota)
 
 
 def patience_of(config: Config) -> Patience:

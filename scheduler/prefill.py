@@ -1,7 +1,6 @@
 """A request that generates nothing: its texts are computed once, and told of are their hidden states or their tokens' scores."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
@@ -16,7 +15,7 @@ from protocol.plan import Sampling, Scored, WorkerInfo
 from protocol.prefill import EmbeddingRequest, ScoreRequest
 from scheduler.chat import Chat
 from scheduler.core.sequence import Sequence
-from scheduler.generation import check_adapter, check_tokens, context_exceeded
+from scheduler.generation import check_tokens, context_exceeded
 from scheduler.journal.entry import Entry
 from scheduler.logprobs import ScoredText
 from scheduler.text import Detokenizer
@@ -59,11 +58,9 @@ def score_prompt(request: ScoreRequest, chat: Chat, info: WorkerInfo) -> tuple[l
     return prompt, [first]
 
 
-def prefills_for(entry: Entry, info: WorkerInfo) -> list[Sequence]:
-    """What the batcher is to run: a sequence for each text, the first one under the request's own id. Raises BadRequest for an
-    adapter that isn't served."""
+def prefills_for(entry: Entry) -> list[Sequence]:
+    """What the batcher is to run: a sequence for each text."""
     request = entry.request
-    check_adapter(request.adapter, info)
     if isinstance(request, ScoreRequest):
         sampling = Sampling(prompt_logprobs=request.logprobs, score_from=entry.splits[0])
         prompts = [entry.prompt]
@@ -74,7 +71,7 @@ def prefills_for(entry: Entry, info: WorkerInfo) -> list[Sequence]:
         prompts = [entry.prompt[start:end] for start, end in pairwise(bounds)]
     return [
         Sequence(
-            f"{entry.id}/{number}" if number else entry.id,
+            id,
             prompt,
             max_tokens=0,
             sampling=sampling,
@@ -83,7 +80,7 @@ def prefills_for(entry: Entry, info: WorkerInfo) -> list[Sequence]:
             deadline=inf if entry.expires_at is None else entry.expires_at,
             adapter=request.adapter,
         )
-        for number, prompt in enumerate(prompts)
+        for id, prompt in zip(entry.sequence_ids, prompts, strict=True)
     ]
 
 
@@ -97,7 +94,7 @@ class Prefill(ABC):
     #: What comes with tokens that are generated.
     completion_tokens: ClassVar[int] = 0
     first_token_at: ClassVar[float | None] = None
-    last_token_at: ClassVar[float | None] = None
+    has_spoken: ClassVar[bool] = False
 
     entry: Entry
     accepted_at: float
@@ -105,10 +102,6 @@ class Prefill(ABC):
     started_at: float | None = None
     cached_tokens: int = 0
     _computed: int = 0
-
-    @property
-    def sequence_ids(self) -> Collection[str]:
-        return self.lengths
 
     @property
     def is_whole(self) -> bool:

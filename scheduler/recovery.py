@@ -50,23 +50,23 @@ class Recovery:
                 running.append(entry)
         # Every process counts, whatever ended it, so this only says whom to look at first.
         suspects = [entry for entry in running if entry.attempt > self.attempts]
-        passed = [await self._try_alone(entry) for entry in suspects]
-        for sequence in passed:
+        passed = [(entry.id, await self._try_alone(entry)) for entry in suspects]
+        for id, sequences in passed:
             # Its deadline may have passed during the others' trials.
-            if sequence is not None and sequence.id in self.egress:
-                self.engine.submit(sequence.again())
+            if sequences and id in self.egress:
+                self.engine.submit(*(sequence.again() for sequence in sequences))
         for entry in running:
             if entry.attempt <= self.attempts:
                 self._begin(entry)
 
-    async def _try_alone(self, entry: Entry) -> Sequence | None:
-        """Run it up to its next token and take it out again, for the next one must be alone too; None when it has ended."""
+    async def _try_alone(self, entry: Entry) -> list[Sequence]:
+        """Run it up to its next token and take it out again, for the next one must be alone too; nothing when it has ended."""
         await self.journal.trial(entry.id, begins=True)
         self._begin(entry)
         await self.egress.wait_for_token(entry.id)
-        sequence = self.engine.end(entry.id)
+        sequences = self.egress.take_out(entry.id)
         await self.journal.trial(entry.id, begins=False)
-        return sequence
+        return sequences
 
     def _begin(self, entry: Entry) -> None:
         self.admission.enter_anyway(entry)

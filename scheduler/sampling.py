@@ -1,5 +1,6 @@
 """How a request's tokens are drawn: what it asks for, and what the model's own defaults say where it asks for nothing."""
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -44,10 +45,25 @@ def sampling_of(request: Request, seed: int, info: WorkerInfo, tokenizer: "Token
         min_tokens=request.min_tokens,
         stop_ids=tuple(sorted(token for token in stop_ids if token < info.vocab_size)),
         bad_words=_token_sequences(request.bad_words or [], info.vocab_size, tokenizer),
-        logprobs=request.num_logprobs,
+        logprobs=_num_logprobs(request),
         prompt_logprobs=request.prompt_logprobs,
         grammar=grammar_for(request),
     )
+
+
+def seed_of(seed: int, index: int) -> int:
+    """What a choice's tokens are drawn with: the first one's with the request's seed, the others' with the first eight bytes of
+    SHA-256 of ``seed:index``, as a signed number, so that neither a request nor a choice repeats another's draws."""
+    if not index:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], signed=True)
+
+
+def _num_logprobs(request: Request) -> int | None:
+    """What is asked for; at least each token's own where answers are compared."""
+    if request.num_logprobs is None and request.num_choices > request.n:
+        return 0
+    return request.num_logprobs
 
 
 def _token_sequences(words: list[str], vocab_size: int, tokenizer: "Tokenizer") -> tuple[tuple[int, ...], ...]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from itertools import chain
 from pathlib import Path
 
 from protocol import replies, topics
@@ -19,7 +20,7 @@ from scheduler.fleet import Fleet
 from scheduler.http import HttpServer, tls_context
 from scheduler.journal.entry import Entry, Journal
 from scheduler.journal.postgres import PostgresJournal
-from scheduler.kinds import sequences_for
+from scheduler.kinds import run_of
 from scheduler.loop import Engine
 from scheduler.metrics.fairness import FairnessCollector
 from scheduler.metrics.series import Metrics
@@ -207,7 +208,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
     egress = Egress(delivery, journal, engine, chat, admission, outlook, metrics, activity, spans, flush_s)
     reader = Reader(chat, engine.info, model=config.model.alias, max_payload_bytes=config.service.max_payload_bytes)
     watch = BrokerWatch(metrics.broker_dropped)
-    turns, load = _turns(journal, engine, egress, chat, config.engine.max_running)
+    turns, load = _turns(journal, engine, chat, config.engine.max_running)
     ingress = Ingress(transport, reader, journal, admission, outlook, egress, delivery, watch, metrics, turns)
     recovery = Recovery(journal, engine, admission, delivery, egress, config.model.alias, config.engine.attempts)
     fleet = None
@@ -299,17 +300,16 @@ async def _take_in(service: Service) -> None:
     await service.ingress.run()
 
 
-def _turns(
-    journal: Journal, engine: Engine, egress: Egress, chat: Chat, max_running: int
-) -> tuple[Turns, Callable[[], float]]:
+def _turns(journal: Journal, engine: Engine, chat: Chat, max_running: int) -> tuple[Turns, Callable[[], float]]:
     """A replica's place among others, and what it tells of its load. Who shares no journal is alone."""
 
     def load() -> float:
-        return len(egress) / max_running
+        return len(engine.batcher) / max_running
 
     def cached(entry: Entry) -> float:
-        sequences = sequences_for(entry, chat, engine.info)
-        return sum(map(engine.batcher.pool.cached_len, sequences)) / len(entry.prompt)
+        _, families = run_of(entry, chat, engine.info, engine.now())
+        sequences = list(chain.from_iterable(families))
+        return sum(map(engine.batcher.pool.cached_len, sequences)) / sum(sequence.prompt_len for sequence in sequences)
 
     number = journal.number if isinstance(journal, PostgresJournal) else 0
     return Turns(number, load, cached), load

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from protocol.plan import Verification
 from workers.attention import AttentionBackend
@@ -32,6 +33,9 @@ class DraftModel(Drafter):
             tokens = forward(self._module, self._backend, inputs, keep).argmax(dim=-1)
             slots.tokens[wanting, inputs.positions + 1] = tokens.int()
         return [each.drafts for each in verifications]
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        self._backend.copy(sources, targets)
 
     def follow(self, inputs: Inputs) -> None:
         """Compute the same, the last draft included, of which `draft` left no KV."""

@@ -10,6 +10,7 @@ keeps the one that its seed and position give it, and a text is the same whateve
 from abc import ABC, abstractmethod
 
 import numpy as np
+from torch import Tensor
 
 from protocol.plan import Verdict, Verification
 from workers.slots import Inputs, Slots
@@ -34,6 +35,10 @@ class Drafter(ABC):
         """Write at most as many tokens as are asked for behind each slot's last one; returns how many."""
 
     @abstractmethod
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """These blocks of the KV cache, int64 ``[n]`` each, are copied."""
+
+    @abstractmethod
     def follow(self, inputs: Inputs) -> None:
         """The step computes these."""
 
@@ -48,6 +53,9 @@ class NGram(Drafter):
         for verification, text, drafts in zip(verifications, texts, found, strict=True):
             slots.write(verification.slot, len(text), drafts)
         return [len(drafts) for drafts in found]
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """It keeps nothing of its own."""
 
     def follow(self, inputs: Inputs) -> None:
         """It keeps nothing of its own."""

@@ -33,3 +33,8 @@ class KVCache:
         """Store key [T, kv_heads, key_dim] and value [T, kv_heads, value_dim] at cache_slots, int64 [T]."""
         self.keys[layer].flatten(0, 1).index_copy_(0, cache_slots, key)
         self.values[layer].flatten(0, 1).index_copy_(0, cache_slots, value)
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy blocks, int64 [n] each, in every layer; all are read before any is written."""
+        for blocks in (*self.keys, *self.values):
+            blocks[targets] = blocks[sources]

@@ -82,6 +82,8 @@ class Runner:
         """Run one step; the copy of what was sampled is the only wait for the device."""
         begun = self._clock()
         self._admit(plan)
+        if plan.copies:
+            self._copy(plan.copies)
         drafted, ahead = self._draft(plan)
         for admission in plan.admissions:  # compiling them comes after what the drafts need of the same thread
             self._grammars.assign(admission)
@@ -112,6 +114,12 @@ class Runner:
             if self._adapters:
                 self._adapters.assign(admission.slot, admission.adapter)
         self._slots.extend((*plan.rows, *plan.verifications))
+
+    def _copy(self, copies: list[tuple[int, int]]) -> None:
+        sources, targets = torch.tensor(copies, device=self._backend.device).unbind(dim=1)
+        for keeper in (self._backend, self._drafter):
+            if keeper is not None:
+                keeper.copy(sources, targets)
 
     def _draft(self, plan: StepPlan) -> tuple[list[int], dict[int, list[int]]]:
         """How many tokens were drafted for each verification; and, of the slots that have a grammar, those which it allows."""

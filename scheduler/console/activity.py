@@ -7,7 +7,7 @@ from itertools import islice
 
 from scheduler.console.rate import Rate
 from scheduler.console.snapshot import Phase, RequestRow, Snapshot, Stage, TenantRow
-from scheduler.journal.entry import Entry
+from scheduler.journal.entry import Entry, request_of
 from scheduler.loop import Engine, StepReport
 
 #: What a snapshot lists at most, so that its size depends on neither tenants nor backlog.
@@ -30,10 +30,11 @@ class _Tenant:
 
 @dataclass(slots=True)
 class _Request:
-    """``stage`` began at ``since``; ``past`` are the phases before it."""
+    """``sequences``: the ids of what runs for it. ``stage`` began at ``since``; ``past`` are the phases before it."""
 
     tenant: _Tenant
     request_id: str
+    sequences: list[str]
     prompt_tokens: int
     generated_tokens: int
     since: float
@@ -76,11 +77,14 @@ class Activity:
         """A request is in, and waits."""
         tenant = self._tenant(entry.tenant)
         tenant.waiting += 1
-        self._requests[entry.id] = _Request(tenant, entry.request_id, len(entry.prompt), generated_tokens, at)
+        self._requests[entry.id] = _Request(
+            tenant, entry.request_id, entry.sequence_ids, len(entry.prompt), generated_tokens, at
+        )
 
     def observe(self, report: StepReport) -> None:
         """Take in one iteration, before anything ends by it."""
-        for id in report.rows:
+        for row in report.rows:
+            id, _ = request_of(row)
             if id not in self._running and (request := self._requests.get(id)) is not None:
                 self._enter(id, request, "prefill", report.at - report.seconds)
         self._take_tokens(report)
@@ -139,21 +143,27 @@ class Activity:
     def _take_tokens(self, report: StepReport) -> None:
         tokens: Counter[str] = Counter()
         for event in report.events:
-            request = self._requests.get(event.id)
+            id, _ = request_of(event.id)
+            request = self._requests.get(id)
             if request is not None:
                 request.generated_tokens += 1
                 tokens[request.tenant.name] += 1
                 if request.stage != "decode":
-                    self._enter(event.id, request, "decode", report.at)
+                    self._enter(id, request, "decode", report.at)
         for tenant, count in tokens.items():
             self._tenants[tenant].rate.add(count, report.at)
 
     def _find_preempted(self, at: float) -> None:
         batcher = self._engine.batcher
         # Who ended is in the batcher no longer, and will be told of as the report is worked through.
-        preempted = [id for id in self._running if id in batcher and id not in batcher.running]
-        for id in preempted:
-            self._enter(id, self._running[id], "preempted", at)
+        preempted = [
+            (id, request)
+            for id, request in self._running.items()
+            if any(id in batcher for id in request.sequences)
+            and not any(id in batcher.running for id in request.sequences)
+        ]
+        for id, request in preempted:
+            self._enter(id, request, "preempted", at)
 
     def _enter(self, id: str, request: _Request, stage: Stage, at: float) -> None:
         self._count(request, -1)

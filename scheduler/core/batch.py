@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from protocol.plan import Admission, Row, StepPlan, Verdict, Verification, Work
 from scheduler.core.blocks import BlockPool
 from scheduler.core.fairness import FairQueue
+from scheduler.core.family import Family, PromptBlocks
 from scheduler.core.sequence import Sequence, State
 from scheduler.core.speculation import Speculation
 
@@ -32,13 +33,14 @@ class Limits:
 class Counters:
     """Running totals. ``late_tokens`` were sampled for sequences that had ended meanwhile and were dropped, of these
     ``cancelled_tokens`` for those that were taken out; ``cached_tokens`` were found in the prefix cache, by whoever was
-    admitted; ``rejected_tokens`` were drafted in vain."""
+    admitted, and ``forked_tokens`` of prompts with siblings; ``rejected_tokens`` were drafted in vain."""
 
     preemptions: int = 0
     recomputed_tokens: int = 0
     late_tokens: int = 0
     cancelled_tokens: int = 0
     cached_tokens: int = 0
+    forked_tokens: int = 0
     rejected_tokens: int = 0
 
 
@@ -59,6 +61,7 @@ class Draft:
     want no more; once it is applied, who ended by it.
 
     ``context``: how many positions the decodes see. ``prefilled``: tokens of prompts. ``started``: who runs for the first time.
+    ``copies``: from block to block, before anything is computed; ``copiers``: for whom, and the blocks that they had then.
     """
 
     step: int
@@ -74,6 +77,8 @@ class Draft:
     samplers: list[Sequence] = field(default_factory=list)
     prefills: list[Sequence] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    copiers: list[tuple[Sequence, list[int]]] = field(default_factory=list)
     context: int = 0
     prefilled: int = 0
 
@@ -82,7 +87,7 @@ class Draft:
 
     @property
     def plan(self) -> StepPlan:
-        return StepPlan(self.step, self.admissions, self.decodes, self.rows, self.verifications)
+        return StepPlan(self.step, self.admissions, self.decodes, self.rows, self.verifications, self.copies)
 
     @property
     def tokens(self) -> int:
@@ -164,6 +169,10 @@ class Batch:
         """Whether a waiting sequence can be admitted with blocks for ``tokens``, by default those it has; ``freed`` blocks and
         ``slots`` more would be there. What the prefix cache would save isn't counted."""
         needed = self.pool.blocks_for(len(sequence.tokens) if tokens is None else tokens)
+        if sequence.family is not None:
+            if sequence in sequence.family.held:
+                return False
+            needed -= self.pool.num_used(self.pool.shared(sequence) or [])
         # One block is left for each running sequence, else the newcomer would soon preempt or be preempted.
         spare = self.pool.num_free + freed - len(self.running) + slots
         room = len(self._free_slots) + slots and not sequence.unseen and needed <= spare
@@ -171,10 +180,20 @@ class Batch:
 
     def admit(self, sequence: Sequence, tokens: int | None = None) -> None:
         """Give a waiting sequence a slot, and blocks for ``tokens``, by default those it has. Raises OutOfBlocks."""
+        shared = self.pool.shared(sequence)
+        if shared is not None:
+            self.pool.fork(sequence, shared)
+        elif sequence.family is not None:
+            self._lead(sequence, sequence.family)
+        forked = sequence.computed
         self.pool.reuse(sequence)
+        self.counters.cached_tokens += sequence.computed - forked
+        self.counters.forked_tokens += forked
+        edge = None if shared is None else self.pool.edge(sequence)
         needed = self.pool.blocks_for(len(sequence.tokens) if tokens is None else tokens)
         self.pool.grow(sequence, needed - len(sequence.blocks))
-        self.counters.cached_tokens += sequence.computed
+        if edge is not None:
+            self._copy(edge, sequence)
         if not sequence.charged:
             sequence.cached = min(sequence.computed, sequence.prompt_len)
             self.draft.started.append(sequence)
@@ -189,14 +208,20 @@ class Batch:
         """Its blocks are freed; its tokens are kept and computed again later."""
         self.counters.preemptions += 1
         self.counters.recomputed_tokens += sequence.computed
-        self._take_out(sequence)
         sequence.state = State.WAITING
+        self._take_out(sequence)
         self.queue.put_back(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """It has ended, or is to."""
-        self._take_out(sequence)
-        self.queue.leave(sequence)
+        """It has ended, or is to, whatever it is doing."""
+        before, sequence.state = sequence.state, State.ENDED
+        if before is State.RUNNING:
+            self._take_out(sequence)
+            self.queue.leave(sequence)
+        elif sequence.family is not None and sequence in sequence.family.held:
+            sequence.family.held.remove(sequence)
+        else:
+            self.queue.remove(sequence)
 
     def shortage(self) -> int:
         """How many blocks the decodes of the next step lack."""
@@ -242,10 +267,21 @@ class Batch:
             else:
                 self.draft.prefills.append(sequence)
 
+    def lead_is_over(self, family: Family, prompt: PromptBlocks | None = None) -> None:
+        """``prompt``: it is computed. Those that were held wait for their turn."""
+        family.prompt = prompt or family.prompt
+        family.leader = None
+        for sequence in family.held:
+            self.queue.rejoin(sequence)
+        family.held = []
+
     def retract(self, draft: Draft) -> None:
         """Undo a step in flight; the blocks stay with their owners. What the worker took in of it is anyone's guess."""
         for sequence in draft.samplers:
             sequence.unseen -= 1
+        for sequence, blocks in draft.copiers:
+            if sequence.blocks is blocks:
+                self.preempt(sequence)
         for sequence in draft.decoders:
             if sequence.state is State.RUNNING:
                 sequence.computed -= 1
@@ -325,6 +361,21 @@ class Batch:
             draft.samplers.append(sequence)
             sequence.unseen += 1
 
+    def _lead(self, sequence: Sequence, family: Family) -> None:
+        """It computes the prompt; its siblings that wait do so for that."""
+        family.leader = sequence
+        for sibling in family.members:
+            if sibling is not sequence and sibling.state is State.WAITING and sibling not in family.held:
+                self.queue.remove(sibling)
+                family.held.append(sibling)
+
+    def _copy(self, edge: int, sequence: Sequence) -> None:
+        """It has the rest of its prompt from there, in a block of its own."""
+        self.draft.copies.append((edge, sequence.blocks[sequence.computed // self.pool.block_size]))
+        self.draft.copiers.append((sequence, sequence.blocks))
+        self.counters.forked_tokens += sequence.fork_len - sequence.computed
+        sequence.computed = sequence.fork_len
+
     def _has_adapter_for(self, sequence: Sequence) -> bool:
         """Whether its adapter is in use already, or another one may be."""
         adapters = self.adapters
@@ -336,10 +387,13 @@ class Batch:
         del self.running[sequence.id]
         self.decoding.pop(sequence.id, None)
         self.prefilling.pop(sequence.id, None)
-        self.pool.free(sequence.blocks)
+        family = sequence.family
+        self.pool.free(sequence.blocks, keep=family is not None and family.lives)
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
         sequence.release()
+        if family is not None and family.leader is sequence:
+            self.lead_is_over(family)
 
 
 def _needs_block(sequence: Sequence) -> bool:

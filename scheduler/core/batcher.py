@@ -20,6 +20,7 @@ from protocol.plan import StepPlan, StepResult, Verdict
 from scheduler.core.batch import Batch, Counters, Draft, Limits
 from scheduler.core.blocks import BlockPool
 from scheduler.core.fairness import FairQueue
+from scheduler.core.family import Family
 from scheduler.core.policies.base import Policy
 from scheduler.core.policies.fair import Fair
 from scheduler.core.policies.trial import Trial
@@ -89,27 +90,31 @@ class Batcher:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises CapacityError for one that could never finish, ValueError for an id in use."""
-        if sequence.id in self._sequences:
-            raise ValueError(f"sequence {sequence.id} is here already")
+    def submit(self, *sequences: Sequence) -> None:
+        """Queue a sequence, or several with the same prompt, tenant and priority, which is then computed and charged once.
+
+        Raises CapacityError for those that could never finish, ValueError for an id in use.
+        """
         room = min(self.limits.max_model_len, self.pool.num_blocks * self.pool.block_size)
-        if sequence.end_len > room:
-            raise CapacityError(f"{sequence.end_len} tokens can't fit: {room} is the most a sequence may hold")
-        sequence.public_len = self.pool.public_len(sequence.tokens)
-        self._sequences[sequence.id] = sequence
-        self.queue.push(sequence)
+        for sequence in sequences:
+            if sequence.id in self._sequences:
+                raise ValueError(f"sequence {sequence.id} is here already")
+            if sequence.end_len > room:
+                raise CapacityError(f"{sequence.end_len} tokens can't fit: {room} is the most a sequence may hold")
+        family = Family(list(sequences)) if len(sequences) > 1 else None
+        for number, sequence in enumerate(sequences):
+            sequence.family = family
+            sequence.charged = number > 0
+            sequence.public_len = self.pool.public_len(sequence.tokens)
+            self._sequences[sequence.id] = sequence
+            self.queue.push(sequence)
 
     def end(self, id: str) -> Sequence | None:
         """Take a sequence out, whatever it is doing; its blocks are free at once. None when it isn't here."""
         sequence = self._sequences.pop(id, None)
         if sequence is None:
             return None
-        if sequence.state is State.RUNNING:
-            self._batch.end(sequence)
-        else:
-            self.queue.remove(sequence)
-        sequence.state = State.ENDED
+        self._batch.end(sequence)
         self._suspects.forget(id)
         return sequence
 
@@ -141,7 +146,10 @@ class Batcher:
         self._acquit(due)
         for (sequence, blocks), row in zip(due.owners, due.rows, strict=True):
             if sequence.blocks is blocks:
-                self.pool.remember(sequence, row.start + row.length)
+                end = row.start + row.length
+                self.pool.remember(sequence, end)
+                if sequence.family is not None and row.start < sequence.prompt_len <= end:
+                    self._batch.lead_is_over(sequence.family, self.pool.prompt_of(sequence))
         if due.prefills:
             self._complete(due)
         verified = self._judge(due, verdicts) if verdicts else ()

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+from scheduler.core.family import PromptBlocks
 from scheduler.core.prefix import PrefixIndex
 from scheduler.core.sequence import Sequence
 
@@ -16,6 +17,9 @@ class BlockPool:
     With ``prefix_cache`` a full block can be shared by all sequences that begin with the same tokens, those of one tenant only
     except for public prefixes. A block that nobody uses any more keeps its content until it is needed, the least
     recently used one first, and of a sequence the last first.
+
+    With or without it, sequences of one family share the blocks that their prompt fills. The one that it ends in, which each goes
+    on to write in, is copied instead.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = False) -> None:
@@ -26,6 +30,7 @@ class BlockPool:
         self._prefixes = PrefixIndex(num_blocks) if prefix_cache else None
         self._free = list(range(num_blocks - 1, -1, -1))
         self._users = [0] * num_blocks
+        self._fillings = [0] * num_blocks
         self._unused: OrderedDict[int, None] = OrderedDict()
         self._public: list[list[int]] = []
 
@@ -36,7 +41,7 @@ class BlockPool:
 
     @property
     def num_kept(self) -> int:
-        """Blocks that nobody uses but whose content can be found."""
+        """Blocks that nobody uses but whose content may be."""
         return len(self._unused)
 
     def num_freed_by(self, sequence: Sequence) -> int:
@@ -55,15 +60,15 @@ class BlockPool:
         """With how many tokens of a public prefix these begin."""
         return max((_common_len(tokens, prefix) for prefix in self._public), default=0)
 
-    def free(self, blocks: list[int]) -> None:
-        """Give blocks back. Raises ValueError for one that is already free."""
+    def free(self, blocks: list[int], *, keep: bool = False) -> None:
+        """Give blocks back; ``keep``: with what they hold, for as long as may be. Raises ValueError for one that is free."""
         for block in reversed(blocks):
             if not self._users[block]:
                 raise ValueError(f"block {block} is free already")
             self._users[block] -= 1
             if self._users[block]:
                 continue
-            if self._prefixes is not None and block in self._prefixes:
+            if keep or (self._prefixes is not None and block in self._prefixes):
                 self._unused[block] = None
             else:
                 self._free.append(block)
@@ -75,11 +80,47 @@ class BlockPool:
         for _ in range(count):
             block = self._free.pop() if self._free else self._evict()
             self._users[block] = 1
+            self._fillings[block] += 1
             sequence.blocks.append(block)
         sequence.room = len(sequence.blocks) * self.block_size
 
+    def prompt_of(self, sequence: Sequence) -> PromptBlocks:
+        """Where a sequence's prompt, which is computed, lies from now on."""
+        blocks = sequence.blocks[: self.blocks_for(sequence.prompt_len)]
+        return PromptBlocks(blocks, [self._fillings[block] for block in blocks])
+
+    def shared(self, sequence: Sequence) -> list[int] | None:
+        """The blocks that a sequence can have from its family; None when some of its prompt isn't there."""
+        family = sequence.family
+        if family is None or family.prompt is None or sequence.sampling.prompt_logprobs is not None:
+            return None
+        full = sequence.fork_len // self.block_size
+        blocks = family.prompt.blocks[:full]
+        return blocks if all(map(self._is_intact, blocks, family.prompt.fillings)) else None
+
+    def num_used(self, blocks: list[int]) -> int:
+        """How many of these are in use."""
+        return sum(1 for block in blocks if self._users[block])
+
+    def fork(self, sequence: Sequence, blocks: list[int]) -> None:
+        """Let a sequence that has no blocks share these, which its prompt fills."""
+        for block in blocks:
+            self._unused.pop(block, None)
+            self._users[block] += 1
+            sequence.blocks.append(block)
+        sequence.computed = sequence.room = len(blocks) * self.block_size
+        self.remember(sequence, sequence.computed)
+
+    def edge(self, sequence: Sequence) -> int | None:
+        """The block that holds what of its prompt a sequence that has forked lacks; None when it lacks nothing, or it is gone."""
+        at, family = len(sequence.blocks), sequence.family
+        if family is None or family.prompt is None or sequence.fork_len <= at * self.block_size:
+            return None
+        block = family.prompt.blocks[at]
+        return block if self._is_intact(block, family.prompt.fillings[at]) else None
+
     def reuse(self, sequence: Sequence) -> None:
-        """Give a sequence without blocks those that hold its beginning, as far as it can do without computing it."""
+        """Add to a sequence's blocks those that hold its beginning, as far as it can do without computing it."""
         if self._prefixes is None:
             return
         most = sequence.reusable_len // self.block_size
@@ -119,6 +160,7 @@ class BlockPool:
 
     def forget_content(self) -> None:
         """The KV is lost; nobody may hold a block."""
+        self._fillings = [filling + 1 for filling in self._fillings]
         self._free += self._unused
         self._unused.clear()
         if self._prefixes is not None:
@@ -132,9 +174,13 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = self._unused.popitem(last=False)
-        assert self._prefixes is not None
-        self._prefixes.forget(block)
+        if self._prefixes is not None and block in self._prefixes:
+            self._prefixes.forget(block)
         return block
+
+    def _is_intact(self, block: int, filling: int) -> bool:
+        """Whether a block holds what it held when it had been handed out so often."""
+        return self._fillings[block] == filling
 
 
 def _common_len(one: list[int], other: list[int]) -> int:

@@ -133,9 +133,12 @@ class FairQueue:
 
     def put_back(self, sequence: Sequence) -> None:
         """A sequence that was running waits again, at the place it would have had."""
-        tenant = self._tenant(sequence.tenant)
-        tenant.running -= 1
-        self._add(tenant, sequence)
+        self.leave(sequence)
+        self.rejoin(sequence)
+
+    def rejoin(self, sequence: Sequence) -> None:
+        """A sequence that was removed waits again, at the place it would have had."""
+        self._add(self._tenant(sequence.tenant), sequence)
 
     def head(self) -> Sequence | None:
         """Who is next."""

@@ -32,6 +32,8 @@ class PrefixIndex:
 
     def add(self, node: int, salt: str, tokens: list[int], block: int) -> int:
         """``block`` holds these tokens now; returns its node, or that of the one that held them already."""
+        if block in self:  # siblings share it
+            return self._nodes[block]
         key = (node, salt, tuple(tokens))
         known = self._blocks.setdefault(key, block)
         if known == block:

@@ -3,9 +3,12 @@
 from collections.abc import Iterable
 from enum import Enum
 from math import inf
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from protocol.plan import Sampling
+
+if TYPE_CHECKING:
+    from scheduler.core.family import Family
 
 FinishReason = Literal["stop", "length"]
 
@@ -33,7 +36,8 @@ class Sequence:
     smaller ``number``, which its queue gives it. ``returned``: when it came, its tenant had nothing waiting and less service
     than the others. ``charged``: its prompt has been, to its tenant; ``cached`` tokens of it were found in the prefix cache
     then. The first ``public_len`` tokens may be shared with other tenants: the prefix cache knows them by ``public_salt``, what
-    follows by ``salt``. ``adapter``: the one that the worker puts its tokens through, if any.
+    follows by ``salt``. ``adapter``: the one that the worker puts its tokens through, if any. ``family``: it and its siblings, if
+    it has any.
     """
 
     __slots__ = (
@@ -47,6 +51,7 @@ class Sequence:
         "drafted",
         "end_len",
         "failures",
+        "family",
         "id",
         "known_blocks",
         "max_tokens",
@@ -110,6 +115,7 @@ class Sequence:
         self.drafted = 0
         self.acceptance = 0.5
         self.failures = 0
+        self.family: Family | None = None
         self.release()
 
     def again(self) -> "Sequence":
@@ -180,6 +186,11 @@ class Sequence:
     def uncomputed(self) -> int:
         """Positions that the next step could compute: 1 for a decode, more for a prefill."""
         return self.planned_len - self.computed
+
+    @property
+    def fork_len(self) -> int:
+        """How much of its prompt it can have from a sibling."""
+        return min(self.prompt_len, self.reusable_len)
 
     @property
     def rank(self) -> tuple[int, float, int]:

@@ -8,6 +8,8 @@ import msgspec
 
 from protocol.kinds import AnyRequest
 from protocol.plan import Scored
+from protocol.prefill import EmbeddingRequest
+from scheduler.core.sequence import FinishReason
 
 #: A generated token, with its scores where the request asks for log probabilities.
 Token = int | Scored
@@ -15,6 +17,26 @@ Token = int | Scored
 
 def token_id(token: Token) -> int:
     return token.token if isinstance(token, Scored) else token
+
+
+def sequence_id(request: str, index: int) -> str:
+    """The id of a sequence of this request: the first one's is the request's."""
+    return f"{request}#{index}" if index else request
+
+
+def request_of(sequence: str) -> tuple[str, int]:
+    """Whose sequence it is, and which one."""
+    request, _, index = sequence.partition("#")
+    return request, int(index or 0)
+
+
+class Piece(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Generated tokens of one choice, at least one, that are journalled together. ``finish``: why its sequence ended with the
+    last of them, if it did; that a stop string ended it the tokens say."""
+
+    tokens: list[Token]
+    choice: int = 0
+    finish: FinishReason | None = None
 
 
 class JournalError(Exception):
@@ -38,7 +60,7 @@ class Entry(msgspec.Struct, kw_only=True):
 
     ``attempt`` counts the processes that took it up, ``trials`` those that died while it ran alone for that reason.
     ``splits`` says where in the prompt another text begins: the next one to be embedded, or the one to be scored.
-    ``records`` holds the generated tokens, one list for each piece that was published. ``reply`` is the terminal message.
+    ``pieces`` are those that were published. ``reply`` is the terminal message.
     """
 
     id: str
@@ -52,12 +74,18 @@ class Entry(msgspec.Struct, kw_only=True):
     attempt: int = 1
     trials: int = 0
     splits: list[int] = []
-    records: list[list[Token]] = []
+    pieces: list[Piece] = []
     reply: bytes | None = None
 
     def is_overdue(self, now: float) -> bool:
         """Whether its deadline has passed; ``now`` is in Unix seconds."""
         return self.expires_at is not None and self.expires_at <= now
+
+    @property
+    def sequence_ids(self) -> list[str]:
+        """Of the sequences that answer it: one for each choice, or for each text that is to be embedded."""
+        count = len(self.splits) + 1 if isinstance(self.request, EmbeddingRequest) else self.request.num_choices
+        return [sequence_id(self.id, index) for index in range(count)]
 
     @property
     def tenant(self) -> str:
@@ -112,8 +140,8 @@ class Journal(Protocol):
     def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
         """What is known of these ids."""
 
-    def progress(self, records: Iterable[tuple[str, int, list[Token]]]) -> Awaitable[Collection[str]]:
-        """Write tokens as ``(id, number of the record, tokens)``. Of those ids that are returned nothing was written:
+    def progress(self, pieces: Iterable[tuple[str, int, Piece]]) -> Awaitable[Collection[str]]:
+        """Write pieces as ``(id, number of the piece, piece)``. Of those ids that are returned nothing was written:
         another process has taken them over."""
 
     def listen(self, id: str, listeners: Sequence[Listener]) -> Awaitable[None]:

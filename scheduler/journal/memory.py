@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Collection, Iterable, Sequence
 from typing import Self, TypeVar
 
-from scheduler.journal.entry import Entry, Listener, Taken, Token, digest
+from scheduler.journal.entry import Entry, Listener, Piece, Taken, digest
 
 #: Results that are kept for those who ask again.
 _MOST_RESULTS = 10_000
@@ -43,7 +43,7 @@ class MemoryJournal:
     def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
         return _done([self._find(id) for id in ids])
 
-    def progress(self, records: Iterable[tuple[str, int, list[Token]]]) -> Awaitable[Collection[str]]:  # noqa: ARG002
+    def progress(self, pieces: Iterable[tuple[str, int, Piece]]) -> Awaitable[Collection[str]]:  # noqa: ARG002
         return _done(())
 
     def listen(self, id: str, listeners: Sequence[Listener]) -> Awaitable[None]:  # noqa: ARG002

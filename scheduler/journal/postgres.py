@@ -11,10 +11,10 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from scheduler.journal import members
-from scheduler.journal.entry import Entry, JournalError, Listener, Taken, Token, digest
+from scheduler.journal.entry import Entry, JournalError, Listener, Piece, Taken, digest
 from scheduler.journal.groups import GroupCommit
 from scheduler.journal.members import News, Statement, Usage
-from scheduler.journal.row import body_of, encode, load
+from scheduler.journal.row import body_of, encode, encode_piece, load
 
 _VERSION = "tokenbus journal, version 1"
 _LOCK = 0x746B6275  # "tkbu": whoever holds it looks whether the tables are there
@@ -220,10 +220,10 @@ class PostgresJournal:
 
         return self._do([self._finding(ids)], read)
 
-    def progress(self, records: Iterable[tuple[str, int, list[Token]]]) -> Awaitable[Collection[str]]:
-        pieces = list(records)
-        ids = [id for id, _, _ in pieces]
-        columns = (ids, [number for _, number, _ in pieces], [encode(tokens) for _, _, tokens in pieces])
+    def progress(self, pieces: Iterable[tuple[str, int, Piece]]) -> Awaitable[Collection[str]]:
+        new = list(pieces)
+        ids = [id for id, _, _ in new]
+        columns = (ids, [number for _, number, _ in new], [encode_piece(piece) for _, _, piece in new])
 
         def read(answers: list[_Rows]) -> set[str]:
             return set(ids) - {id for (id,) in answers[0]}

@@ -7,11 +7,11 @@ import msgspec
 from protocol.kinds import BODIES, AnyRequest, kind_of
 from protocol.request import Request
 from protocol.topics import Kind
-from scheduler.journal.entry import Entry, Listener, Token
+from scheduler.journal.entry import Entry, Listener, Piece, Token
 
 encode = msgspec.msgpack.encode
 _decode_listeners = msgspec.msgpack.Decoder(list[Listener]).decode
-_decode_tokens = msgspec.msgpack.Decoder(list[Token]).decode
+_decode_piece = msgspec.msgpack.Decoder(list[Token] | Piece).decode
 
 
 class _Body(msgspec.Struct, frozen=True, array_like=True):
@@ -36,7 +36,12 @@ def body_of(entry: Entry) -> bytes:
     return encode(_Body(entry.model, request, entry.prompt, entry.seed, entry.expires_at, kind, entry.splits))
 
 
-def load(row: tuple[str, float, int, int, bytes, bytes | None, bytes | None], records: Iterable[bytes]) -> Entry:
+def encode_piece(piece: Piece) -> bytes:
+    """Where there is nothing but tokens to tell, as in files of the first release."""
+    return encode(piece if piece.choice or piece.finish else piece.tokens)
+
+
+def load(row: tuple[str, float, int, int, bytes, bytes | None, bytes | None], pieces: Iterable[bytes]) -> Entry:
     """An entry from its row ``(id, accepted_at, attempt, trials, listeners, body, reply)`` and its pieces in order.
 
     Raises MsgspecError or UnicodeDecodeError for what we can't have written.
@@ -57,6 +62,6 @@ def load(row: tuple[str, float, int, int, bytes, bytes | None, bytes | None], re
         splits=parts.splits,
         attempt=attempt,
         trials=trials,
-        records=[_decode_tokens(tokens) for tokens in records],
+        pieces=[piece if isinstance(piece, Piece) else Piece(piece) for piece in map(_decode_piece, pieces)],
         reply=reply,
     )

@@ -12,9 +12,9 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from scheduler.journal.entry import Entry, JournalError, Listener, Taken, Token, digest
+from scheduler.journal.entry import Entry, JournalError, Listener, Piece, Taken, digest
 from scheduler.journal.groups import GroupCommit
-from scheduler.journal.row import body_of, encode, load
+from scheduler.journal.row import body_of, encode, encode_piece, load
 
 _APPLICATION_ID = 0x746B6275  # "tkbu", as PRAGMA application_id
 _VERSION = 1
@@ -119,8 +119,8 @@ class SqliteJournal:
     def find(self, ids: Sequence[str]) -> Awaitable[list[Taken | None]]:
         return self._do(lambda database: [_find(database, id) for id in ids])
 
-    def progress(self, records: Iterable[tuple[str, int, list[Token]]]) -> Awaitable[Collection[str]]:
-        rows = [(id, number, encode(tokens)) for id, number, tokens in records]
+    def progress(self, pieces: Iterable[tuple[str, int, Piece]]) -> Awaitable[Collection[str]]:
+        rows = [(id, number, encode_piece(piece)) for id, number, piece in pieces]
 
         def work(database: sqlite3.Connection) -> Collection[str]:
             _run_many(database, "INSERT INTO progress VALUES (?, ?, ?)", rows)
@@ -266,8 +266,8 @@ def _find(database: sqlite3.Connection, id: str) -> Taken | None:
 
 
 def _load(database: sqlite3.Connection, row: tuple[Any, ...]) -> Entry:
-    records = database.execute("SELECT tokens FROM progress WHERE id = ? ORDER BY number", row[:1])
-    return load(row, [tokens for (tokens,) in records])
+    pieces = database.execute("SELECT tokens FROM progress WHERE id = ? ORDER BY number", row[:1])
+    return load(row, [piece for (piece,) in pieces])
 
 
 def _run_many(database: sqlite3.Connection, statement: str, rows: Sequence[tuple[object, ...]]) -> None:

@@ -137,6 +137,11 @@ class Metrics:
         self.computed = Counter(
             "tokenbus_computed_tokens", "Tokens that went through the model", ["kind"], registry=registry
         )
+        self.forked = Counter(
+            "tokenbus_forked_prompt_tokens",
+            "Prompt tokens that a choice of a request had from another one instead of computing them",
+            registry=registry,
+        )
         self.wasted = Counter(
             "tokenbus_wasted_tokens",
             "Tokens computed in vain: before a preemption, after a cancel, after an end not known yet, as rejected drafts",
@@ -190,6 +195,7 @@ class Metrics:
         for tenant, units in report.charges.items():
             self.of(tenant).service.inc(units)
         cancelled = self._growth("cancelled", report.cancelled_tokens)
+        self.forked.inc(self._growth("forked", report.forked_tokens))
         self.preemptions.inc(self._growth("preemptions", report.preemptions))
         self.wasted.labels("recompute").inc(self._growth("recompute", report.recomputed_tokens))
         self.wasted.labels("cancelled").inc(cancelled)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Collection, Coroutine, Iterable
 
 import msgspec
 
@@ -59,8 +59,9 @@ class Delivery:
         payload = reply if isinstance(reply, bytes) else replies.encode(reply)
         self._start(self._publish(listener, payload), name=f"publish to {listener.topic}")
 
-    def finish(self, entry: Entry, reply: Terminal, last: Chunk | None = None) -> asyncio.Task[None]:
-        """Journal the terminal message, tell every listener, close the entry: the task is done when the broker has it."""
+    def finish(self, entry: Entry, reply: Terminal, last: Collection[Chunk] = ()) -> asyncio.Task[None]:
+        """Journal the terminal message, tell every listener, the ``last`` chunks first, close the entry: the task is done when
+        the broker has it."""
         payload = replies.encode(reply)
         written = self._journal.end(entry.id, payload)  # queued now: whoever looks the id up from here on finds it
         return self._start(self._finish(entry, payload, written, last), name=f"finish {entry.id}")
@@ -113,12 +114,12 @@ class Delivery:
         if not self._pending:
             self._empty.set()
 
-    async def _finish(self, entry: Entry, payload: bytes, written: Awaitable[bool], last: Chunk | None) -> None:
+    async def _finish(self, entry: Entry, payload: bytes, written: Awaitable[bool], last: Collection[Chunk]) -> None:
         if not await written:
             logger.info("another replica had taken this request over", extra={"id": entry.id})
             return
-        if last is not None:
-            self.publish_chunk(entry.listeners, last)
+        for chunk in last:
+            self.publish_chunk(entry.listeners, chunk)
         await self._tell(entry, payload)
 
     async def _tell(self, entry: Entry, payload: bytes) -> None:

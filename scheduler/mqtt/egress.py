@@ -4,20 +4,21 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 
 from protocol.errors import ErrorBody, RequestError, ServiceError
 from protocol.plan import NO_TOKEN
 from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Terminal
 from scheduler.admission import Admission
 from scheduler.chat import Chat
+from scheduler.choice import Choice
 from scheduler.console.activity import Activity
 from scheduler.core.batcher import TokenEvent
-from scheduler.core.sequence import FinishReason
+from scheduler.core.sequence import FinishReason, Sequence
 from scheduler.deadlines import Deadlines
 from scheduler.generation import Generation
-from scheduler.journal.entry import Entry, Journal, Listener, Token
-from scheduler.kinds import Run, run_of, sequences_for
+from scheduler.journal.entry import Entry, Journal, Listener, Token, request_of, sequence_id
+from scheduler.kinds import Run, run_of
 from scheduler.loop import Engine, Failure, StepReport
 from scheduler.metrics.series import Metrics
 from scheduler.mqtt.delivery import Delivery
@@ -62,8 +63,7 @@ class Egress:
         self._flush_s = flush_s
         self._deadlines = Deadlines()
         self._runs: dict[str, Run] = {}
-        # Whose sequence is whose, of requests that have several.
-        self._owners: dict[str, Run] = {}
+        # By the first sequence of each prompt, which says when it is started.
         self._unstarted: dict[str, Run] = {}
         self._dirty: dict[str, Generation] = {}
         self._missed: OrderedDict[str, float] = OrderedDict()
@@ -86,23 +86,20 @@ class Egress:
         """Run an entry that has its place, and say that it is in. From here on it ends in exactly one terminal message."""
         if entry.is_overdue(time.time()):
             self._admission.release(entry)
-            generated = sum(len(record) for record in entry.records)
+            generated = sum(len(piece.tokens) for piece in entry.pieces)
             self._close(entry, Expired(entry.request_id, generated, entry.attempt), "expired")
             return
         try:
-            sequences = sequences_for(entry, self._chat, self._engine.info)
             accepted_at = self._engine.now() - max(time.time() - entry.accepted_at, 0)
-            run = run_of(entry, sequences, self._chat, accepted_at)
-            for sequence in sequences:
-                self._engine.submit(sequence)
+            run, families = run_of(entry, self._chat, self._engine.info, accepted_at)
+            for sequences in families:
+                self._engine.submit(*sequences)
         except RequestError as error:
             self._admission.release(entry)
             self.abandon(entry, error.body)
             return
         self._runs[entry.id] = run
-        self._unstarted.update(dict.fromkeys(run.sequence_ids, run))
-        if len(sequences) > 1:
-            self._owners.update(dict.fromkeys(run.sequence_ids, run))
+        self._unstarted.update({first.id: run for first, *_ in families})
         self._outlook.begin(entry, run.completion_tokens)
         self._activity.begin(entry, run.completion_tokens, run.accepted_at)
         if entry.expires_at is not None:
@@ -168,6 +165,10 @@ class Egress:
         for run in list(self._runs.values()):
             self._fail(run, error)
 
+    def take_out(self, id: str) -> list[Sequence]:
+        """Have a request generate nothing more for now; returns what is to be submitted anew, together, for it to go on."""
+        return self._halt(self._runs[id].entry) if id in self._runs else []
+
     async def wait_empty(self) -> None:
         """Wait until no accepted request is left."""
         while self._runs:
@@ -175,7 +176,7 @@ class Egress:
 
     async def wait_for_token(self, id: str) -> None:
         """Wait until a request has generated a token in this process, or ended."""
-        while id in self._runs and self._runs[id].last_token_at is None:
+        while id in self._runs and not self._runs[id].has_spoken:
             await self._changes()
 
     async def run(self) -> None:
@@ -201,11 +202,10 @@ class Egress:
     async def _flush(self) -> None:
         """A chunk is published once its tokens are journalled: what a client has seen can't come out otherwise later."""
         dirty, self._dirty = self._dirty, {}
-        pieces = [(generation, *cut) for generation in dirty.values() if (cut := generation.cut())]
+        pieces = [(generation, *piece) for generation in dirty.values() for piece in generation.cut()]
         if not pieces:
             return
-        records = [(generation.entry.id, number, tokens) for generation, number, tokens in pieces]
-        lost = await self._journal.progress(records)
+        lost = await self._journal.progress([(generation.entry.id, *piece) for generation, *piece in pieces])
         for id in lost:
             self.drop(id)
         for generation, number, _ in pieces:
@@ -222,14 +222,16 @@ class Egress:
         self._outlook.observe(report)
         self._activity.observe(report)
         for id, cached in report.starts.items():
-            run = self._unstarted.pop(id, None)
-            if run is not None:
+            run = self._run_of(id)
+            if run is not None and self._unstarted.pop(id, None) is not None:
                 self._take_start(run, cached, report.at - report.seconds)
         self._take_prompts(report)
         for event in report.events:
-            run = self._runs.get(event.id)
-            if isinstance(run, Generation):
-                self._take_event(run, event, report)
+            id, index = request_of(event.id)
+            run = self._runs.get(id)
+            # A stop string may have ended the choice with a token before, of the same step.
+            if isinstance(run, Generation) and (choice := run.choices[index]).reason is None:
+                self._take_event(run, choice, event, report)
         for failure in report.given_up:
             run = self._run_of(failure.id)
             if run is not None:
@@ -251,7 +253,7 @@ class Egress:
 
     def _run_of(self, id: str) -> Run | None:
         """Whose sequence it is."""
-        return self._runs.get(id) or self._owners.get(id)
+        return self._runs.get(request_of(id)[0])
 
     def _take_start(self, run: Run, cached: int, at: float) -> None:
         series = self._metrics.of(run.entry.tenant)
@@ -272,27 +274,31 @@ class Egress:
             else:
                 self._end(run, result, "computed")
 
-    def _take_event(self, generation: Generation, event: TokenEvent, report: StepReport) -> None:
+    def _take_event(self, generation: Generation, choice: Choice, event: TokenEvent, report: StepReport) -> None:
         if event.token == NO_TOKEN:
             self._fail(generation, lost_structure(generation.request))
         else:
-            self._take_token(generation, report.scored.get(event.id, event.token), event.finish, report.at)
+            self._take_token(generation, choice, report.scored.get(event.id, event.token), event.finish, report.at)
 
-    def _take_token(self, generation: Generation, token: Token, finish: FinishReason | None, at: float) -> None:
-        series = self._metrics.of(generation.entry.tenant)
+    def _take_token(
+        self, generation: Generation, choice: Choice, token: Token, finish: FinishReason | None, at: float
+    ) -> None:
+        series, id = self._metrics.of(generation.entry.tenant), generation.entry.id
         series.generated.inc()
-        if generation.last_token_at is not None:
-            series.itl.observe(at - generation.last_token_at)
-        elif generation.completion_tokens == 0:  # else an earlier process gave the first one
+        if choice.last_token_at is not None:
+            series.itl.observe(at - choice.last_token_at)
+        elif generation.completion_tokens == 0:  # else a sibling, or an earlier process, gave the first one
             series.ttft.observe(at - generation.accepted_at)
         self._admission.generated(generation.entry)
-        reason = generation.push(token, at, finish)
-        if reason is None:
-            self._dirty[generation.entry.id] = generation
+        generation.push(choice, token, at, finish)
+        if choice.reason is not None and finish is None:
+            self._engine.end(sequence_id(id, choice.index))
+        if choice.reason is not None and not generation.unended():
+            last = generation.last_chunks()
+            self._end(generation, generation.result(at), generation.outcome, last)
+        else:
+            self._dirty[id] = generation
             self._text_came.set()
-            return
-        last = generation.last_chunk(reason)
-        self._end(generation, generation.result(reason, at), reason, last)
 
     def _give_up(self, run: Run, failure: Failure) -> None:
         if not failure.crashed:
@@ -321,19 +327,22 @@ class Egress:
         )
         self._delivery.finish(entry, reply)
 
-    def _end(self, run: Run, reply: Terminal, outcome: str, last: Chunk | None = None) -> None:
+    def _end(self, run: Run, reply: Terminal, outcome: str, last: Collection[Chunk] = ()) -> None:
         self._leave(run, outcome)
         delivered = self._delivery.finish(run.entry, reply, last)
         self._tracing.ended(run, reply, delivered)
 
+    def _halt(self, entry: Entry) -> list[Sequence]:
+        """Stop whatever still runs of it."""
+        return [sequence for id in entry.sequence_ids if (sequence := self._engine.end(id)) is not None]
+
     def _leave(self, run: Run, outcome: str) -> None:
         """It is held no longer, nor computed."""
         entry = run.entry
+        self._halt(entry)
         del self._runs[entry.id]
-        for id in run.sequence_ids:
-            self._engine.end(id)
+        for id in entry.sequence_ids:
             self._unstarted.pop(id, None)
-            self._owners.pop(id, None)
         self._dirty.pop(entry.id, None)
         if entry.expires_at is not None:
             self._deadlines.drop(entry.id, entry.expires_at)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from protocol import topics
-from protocol.openai import Usage, answer, piece
+from protocol.openai import Answer, Usage, answer, piece
 from protocol.replies import Accepted, Chunk, Reply, Result, Timings, encode
 from protocol.request import Request, decode_request
 from protocol.transport import Transport
@@ -23,8 +23,7 @@ def result(request_id: str, pieces: list[str] = PIECES, *, chat: bool = True) ->
         request_id=request_id,
         created=1,
         model="m",
-        text="".join(pieces),
-        reason="stop",
+        answers=[Answer("".join(pieces), "stop")],
         usage=Usage(1, len(pieces), 1 + len(pieces)),
     )
     return Result(request_id, data, Timings(0.0, 0.1, 0.2), len(pieces))

@@ -46,9 +46,8 @@ def test_every_reference_resolves():
 
 def test_real_messages_fit_their_schemas():
     document = yaml.safe_load(FILE.read_text())
-    data = openai.answer(
-        chat=True, request_id="r", created=1, model="m", text="hi", reason="stop", usage=Usage(1, 2, 3)
-    )
+    answers = [openai.Answer("hi", "stop"), openai.Answer("ho", "length")]
+    data = openai.answer(chat=True, request_id="r", created=1, model="m", answers=answers, usage=Usage(1, 4, 5))
     samples = {
         "request": Request(messages=[Message("user", "hi")], max_tokens=5),
         "embed": EmbeddingRequest(input=[[5], [6, 7]], pooling="mean"),

@@ -13,7 +13,7 @@ from protocol import topics
 from protocol.chat import FunctionCall, ToolCall
 from protocol.client import Client, RequestCancelled, RequestExpired, Stream
 from protocol.errors import ErrorBody, RequestError
-from protocol.openai import Usage, answer, piece
+from protocol.openai import Answer, Usage, answer, piece
 from protocol.replies import Accepted, Cancelled, Chunk, Expired, Failed, Result, Status, Timings, encode
 from protocol.request import Message, Request
 from protocol.topics import TopicError
@@ -104,16 +104,15 @@ async def test_lost_chunks_come_with_the_result(
 @pytest.mark.parametrize("arriving", [0, 1, 2])
 async def test_lost_tool_calls_come_with_the_result(serve: Serve, client: Client, arriving: int) -> None:
     calls = [ToolCall(f"c{number}", FunctionCall("look", "{}")) for number in range(2)]
-    common = {"chat": True, "created": 1, "model": "m", "text": ""}
+    common = {"chat": True, "created": 1, "model": "m"}
 
     async def lossy(call: Call) -> None:
         await call.accept()
         for number in range(arriving):
-            data = piece(
-                request_id=call.id, reason=None, first=not number, calls=[calls[number]], calls_before=number, **common
-            )
+            told = {"text": "", "calls": [calls[number]], "calls_before": number}
+            data = piece(request_id=call.id, reason=None, first=not number, **told, **common)
             await call.say(Chunk(call.id, number, data))
-        whole = answer(request_id=call.id, reason="tool_calls", usage=Usage(1, 2, 3), calls=calls, **common)
+        whole = answer(request_id=call.id, answers=[Answer("", "tool_calls", calls)], usage=Usage(1, 2, 3), **common)
         await call.say(Result(call.id, whole, Timings(0.0, 0.1, 0.2), 3))
 
     serve(lossy)
@@ -121,6 +120,37 @@ async def test_lost_tool_calls_come_with_the_result(serve: Serve, client: Client
     heard = [delta for received in await read(stream) for delta in received.calls]
     assert [(delta.index, delta.id) for delta in heard] == [(0, "c0"), (1, "c1")]
     assert (stream.result.calls, stream.result.finish_reason) == (calls, "tool_calls")
+
+
+@pytest.mark.parametrize("arriving", range(6))
+async def test_what_is_lost_of_several_choices_comes_with_the_result(
+    serve: Serve, client: Client, arriving: int
+) -> None:
+    texts = {0: "one two", 1: "three", 2: ""}
+    pieces = [(0, "one", None), (1, "three", "stop"), (0, " two", None), (2, "", "stop"), (0, "", "length")]
+    common = {"chat": True, "created": 1, "model": "m", "request_id": "r"}
+
+    async def lossy(call: Call) -> None:
+        await call.accept()
+        for seq, (index, text, reason) in enumerate(pieces[:arriving]):
+            first = all(index != other for other, _, _ in pieces[:seq])
+            data = piece(text=text, reason=reason, first=first, index=index, **common)
+            await call.say(Chunk(call.id, seq, data))
+        answers = [Answer(texts[0], "length"), Answer(texts[1], "stop"), Answer(texts[2], "stop")]
+        whole = answer(answers=answers, usage=Usage(1, 2, 3), **common)
+        await call.say(Result(call.id, whole, Timings(0.0, 0.1, 0.2), len(pieces)))
+
+    serve(lossy)
+    chunks = await read(client.stream(CHAT, model="m", request_id="r"))
+    heard, reasons = dict.fromkeys(texts, ""), {}
+    for received in chunks:
+        (choice,) = received.data.choices
+        assert (choice.delta.role == "assistant") == (choice.index not in {c.index for c in chunks[: received.seq]})
+        heard[choice.index] += choice.text
+        reasons[choice.index] = choice.finish_reason
+    assert heard == texts
+    assert reasons == {0: "length", 1: "stop", 2: "stop"}
+    assert [received.seq for received in chunks] == list(range(len(chunks)))
 
 
 async def test_repeated_chunks_are_dropped(serve: Serve, client: Client) -> None:

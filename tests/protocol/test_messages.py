@@ -11,7 +11,7 @@ from protocol import openai, plan, replies
 from protocol.chat import FunctionCall, ToolCall
 from protocol.errors import BadRequest
 from protocol.kinds import decode
-from protocol.openai import PromptLogprob, TokenLogprob, TokenLogprobs, TopLogprob, Usage
+from protocol.openai import Answer, PromptLogprob, TokenLogprob, TokenLogprobs, TopLogprob, Usage
 from protocol.request import Message, Request, decode_request, encode_request
 
 
@@ -70,7 +70,11 @@ ABBREVIATIONS = {
         (b'{"prompt": "a", "temperature": 2.5}', "temperature", "<= 2.0"),
         (b'{"prompt": "a", "temperature": -1}', "temperature", ">= 0.0"),
         (b'{"prompt": "a", "top_p": 0}', "top_p", "> 0.0"),
-        (b'{"prompt": "a", "n": 2}', "n", "<= 1"),
+        (b'{"prompt": "a", "n": 0}', "n", ">= 1"),
+        (b'{"prompt": "a", "n": 129}', "n", "<= 128"),
+        (b'{"prompt": "a", "best_of": 0}', "best_of", ">= 1"),
+        (b'{"prompt": "a", "n": 3, "best_of": 2}', "best_of", "at least n, 3"),
+        (b'{"prompt": "a", "n": 2, "best_of": 3, "stream": true}', "best_of", "can't be streamed"),
         (b'{"prompt": "a", "stop": ""}', "stop", "length >= 1"),
         (b'{"prompt": "a", "stop": ["x", ""]}', "stop[1]", "length >= 1"),
         (b'{"prompt": "a", "priority": 101}', "priority", "<= 100"),
@@ -195,14 +199,15 @@ CALLS = [ToolCall("c12345678", FunctionCall("weather", "{}"))]
 
 
 def test_openai_models_parse_every_kind_of_answer():
-    common = {"request_id": "r1", "created": 1700000000, "model": "smollm2", "text": "hi"}
-    chat = openai.answer(chat=True, reason="stop", usage=USAGE, **common)
-    text = openai.answer(chat=False, reason="length", usage=USAGE, **common)
-    chat_piece = openai.piece(chat=True, reason=None, first=True, **common)
-    last_piece = openai.piece(chat=True, reason="stop", first=False, **common)
-    calling = openai.answer(chat=True, reason="tool_calls", usage=USAGE, **{**common, "text": ""}, calls=CALLS)
-    calling_piece = openai.piece(chat=True, reason=None, first=False, **common, calls=CALLS, calls_before=1)
-    text_piece = openai.piece(chat=False, reason=None, first=True, **common)
+    common = {"request_id": "r1", "created": 1700000000, "model": "smollm2"}
+    chat = openai.answer(chat=True, answers=[Answer("hi", "stop")], usage=USAGE, **common)
+    text = openai.answer(chat=False, answers=[Answer("hi", "length")], usage=USAGE, **common)
+    common_piece = {**common, "text": "hi"}
+    chat_piece = openai.piece(chat=True, reason=None, first=True, **common_piece)
+    last_piece = openai.piece(chat=True, reason="stop", first=False, **common_piece)
+    calling = openai.answer(chat=True, answers=[Answer("", "tool_calls", CALLS)], usage=USAGE, **common)
+    calling_piece = openai.piece(chat=True, reason=None, first=False, **common_piece, calls=CALLS, calls_before=1)
+    text_piece = openai.piece(chat=False, reason=None, first=True, **common_piece)
     for model, body in (
         (ChatCompletion, chat),
         (Completion, text),
@@ -236,11 +241,12 @@ PROMPT_LOGPROBS = [None, {5: PromptLogprob(-0.25, 1, "a")}]
 
 
 def test_openai_models_parse_log_probabilities():
-    common = {"request_id": "r1", "created": 1700000000, "model": "smollm2", "text": "hi", "logprobs": LOGPROBS}
-    whole = {"reason": "stop", "usage": USAGE, "prompt_logprobs": PROMPT_LOGPROBS}
+    common = {"request_id": "r1", "created": 1700000000, "model": "smollm2"}
+    answers = [Answer("hi", "stop", logprobs=LOGPROBS)]
+    whole = {"answers": answers, "usage": USAGE, "prompt_logprobs": PROMPT_LOGPROBS}
     bodies = {
         ChatCompletion: openai.answer(chat=True, **whole, **common),
-        ChatCompletionChunk: openai.piece(chat=True, reason=None, first=True, **common),
+        ChatCompletionChunk: openai.piece(chat=True, reason=None, first=True, text="hi", logprobs=LOGPROBS, **common),
         Completion: openai.answer(chat=False, **whole, **common),
     }
     parsed = {
@@ -258,8 +264,21 @@ def test_openai_models_parse_log_probabilities():
     assert choice.logprobs.top_logprobs == [{"h": -0.5, "H": -1.5}, {"i": -3.0, "\\x9f": -0.1}]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_openai_models_parse_several_choices(chat):
+    common = {"chat": chat, "request_id": "r1", "created": 1700000000, "model": "smollm2"}
+    answers = [Answer("one", "stop"), Answer("two", "length")]
+    body = msgspec.json.encode(openai.answer(answers=answers, usage=USAGE, **common))
+    whole = (ChatCompletion if chat else Completion).model_validate_json(body, strict=True)
+    assert [(choice.index, choice.finish_reason) for choice in whole.choices] == [(0, "stop"), (1, "length")]
+    piece = msgspec.json.encode(openai.piece(text="two", reason="length", first=True, index=1, **common))
+    part = (ChatCompletionChunk if chat else Completion).model_validate_json(piece, strict=True)
+    assert [(choice.index, choice.finish_reason) for choice in part.choices] == [(1, "length")]
+
+
 def test_without_log_probabilities_nothing_is_said_of_the_prompt():
-    body = openai.answer(chat=True, request_id="r", created=1, model="m", text="", reason="stop", usage=USAGE)
+    answers = [Answer("", "stop")]
+    body = openai.answer(chat=True, request_id="r", created=1, model="m", answers=answers, usage=USAGE)
     assert b"prompt_logprobs" not in msgspec.json.encode(body)
 
 
@@ -279,7 +298,8 @@ def test_log_probabilities_are_asked_for_in_two_ways(fields, number):
 
 
 def test_replies_round_trip():
-    data = openai.answer(chat=True, request_id="r", created=1, model="m", text="hi", reason="stop", usage=USAGE)
+    answers = [Answer("hi", "stop"), Answer("ho", "length")]
+    data = openai.answer(chat=True, request_id="r", created=1, model="m", answers=answers, usage=USAGE)
     piece = openai.piece(chat=False, request_id="r", created=1, model="m", text="h", reason=None, first=True)
     for reply in (
         replies.Accepted("r"),

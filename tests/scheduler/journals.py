@@ -31,7 +31,7 @@ def entry(id: str, prompt: str = "Hello", **given) -> Entry:
 
 def without_body(one: Entry) -> Entry:
     """What is left of it once it has ended."""
-    return msgspec.structs.replace(one, model="", request=Request(), prompt=[], seed=0, expires_at=None, records=[])
+    return msgspec.structs.replace(one, model="", request=Request(), prompt=[], seed=0, expires_at=None, pieces=[])
 
 
 def mark(prompt: str = "Hello") -> bytes:
@@ -68,13 +68,14 @@ async def left_by(place: Place) -> list[Entry]:
 DYING = """
 import asyncio, os, signal, sys
 from pathlib import Path
+from scheduler.journal.entry import Piece
 from tests.scheduler.journals import entry, finish, opened
 
 async def main():
     place = sys.argv[1]
     async with opened(place if "://" in place else Path(place)) as journal:
         await journal.accept([entry("alice/" + name) for name in ("new", "begun", "ended", "delivered")])
-        await journal.progress([("alice/begun", 0, [5, 6])])
+        await journal.progress([("alice/begun", 0, Piece([5, 6]))])
         await finish(journal, "alice/delivered")
         await journal.end("alice/ended", b"reply")
         os.kill(os.getpid(), signal.SIGKILL)

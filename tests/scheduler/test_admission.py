@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.errors import Busy
+from protocol.errors import BadRequest, Busy
 from protocol.request import Request
 from scheduler.admission import Admission, Bounds
 from scheduler.journal.entry import Entry
@@ -37,7 +37,7 @@ def request(tenant: str, tokens: int = 1) -> Entry:
 def admission(
     clock: Clock | None = None, *, per_tenant: int = 2, in_all: int = 3, prompt_tokens: int = 100
 ) -> Admission:
-    return Admission(Bounds(in_all, prompt_tokens, lambda _: Quota(per_tenant)), clock or Clock())
+    return Admission(Bounds(in_all, prompt_tokens, 4, lambda _: Quota(per_tenant)), clock or Clock())
 
 
 def refusal(asked: Admission, tenant: str = "late", tokens: int = 1, **named) -> Busy:
@@ -133,6 +133,24 @@ def test_in_any_history_the_bounds_are_exact_and_places_balance(moves):
     assert counted.outstanding == 0
     for tenant in ("alice", "bob", "carol"):
         counted.enter(request(tenant, 33))  # nothing was left behind
+
+
+def test_choices_are_bounded_and_each_holds_the_prompt_in_memory():
+    counted = admission(in_all=9, per_tenant=9, prompt_tokens=100)
+    for asked, field in ({"n": 5}, "n"), ({"n": 1, "best_of": 5}, "best_of"):
+        entry = request("alice", 10)
+        entry.request = Request(**asked)
+        with pytest.raises(BadRequest, match="at most 4 here") as caught:
+            counted.enter(entry)
+        assert caught.value.body.param == field
+    several = request("alice", 20)
+    several.request = Request(n=2, best_of=4)
+    counted.enter(several)
+    assert counted.outstanding == 1, "it is one request"
+    refusal(counted, "bob", 21)
+    counted.enter(request("bob", 20))
+    counted.leave(several)
+    counted.enter(request("bob", 80))
 
 
 def wait_after(*pauses: float) -> int:

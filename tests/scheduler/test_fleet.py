@@ -32,7 +32,7 @@ class Replica:
         self.dropped: list[str] = []
         self.running: set[str] = set()
         self.queue = FairQueue()
-        self.admission = Admission(Bounds(100, 10_000, lambda _: QUOTA), lambda: self.now)
+        self.admission = Admission(Bounds(100, 10_000, 16, lambda _: QUOTA), lambda: self.now)
         self.turns = Turns(self.journal.number, lambda: 0.0, lambda _: 0.0)
         egress = SimpleNamespace(ids=lambda: set(self.running), drop=self.dropped.append)
         self.fleet = Fleet(self.journal, self.turns, lambda: 0.0, self.queue, self.admission, egress, None)

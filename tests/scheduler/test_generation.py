@@ -1,6 +1,7 @@
 """Generation that goes on in another process is the same generation, to the last chunk."""
 
 import math
+from collections import Counter
 from functools import cache
 from types import SimpleNamespace
 
@@ -13,12 +14,15 @@ from tokenizers import Tokenizer
 from protocol import replies
 from protocol.chat import Function, Message, Tool
 from protocol.errors import BadRequest
-from protocol.openai import PromptLogprob
+from protocol.openai import PromptLogprob, Usage
 from protocol.plan import NO_TOKEN, Scored, WorkerInfo
 from protocol.request import Request
 from protocol.structure import StructuredOutputs
-from scheduler.generation import Generation, sequence_for
-from scheduler.journal.entry import Entry, Listener, Token
+from scheduler.core.sequence import Sequence
+from scheduler.generation import Generation
+from scheduler.journal.entry import Entry, Listener, Piece, Token, request_of
+from scheduler.kinds import run_of
+from scheduler.sampling import seed_of
 from scheduler.structure import grammar_for
 from scheduler.tools import FORMATS, ToolParser
 from tests.scheduler.test_text import any_text, byte_tokenizer
@@ -51,14 +55,17 @@ def tool_parser(request: Request, id: str) -> ToolParser | None:
     return ToolParser(FORMATS["hermes"], ["wave"], id) if request.tools else None
 
 
+#: Of which choice, the token, and whether its sequence ends with it.
+Event = tuple[int, Token, str | None]
+
+
 class Process:
     """What a service does with one entry: rebuilds it from the journal, feeds it tokens, journals pieces."""
 
-    def __init__(self, entry: Entry, backend: Tokenizer, journal: list[list[Token]]) -> None:
-        entry = msgspec.structs.replace(entry, records=[list(record) for record in journal])
-        self.sequence_output = [token for record in journal for token in record]
+    def __init__(self, entry: Entry, backend: Tokenizer, journal: list[Piece]) -> None:
+        entry = msgspec.structs.replace(entry, pieces=list(journal))
         self.journal = journal
-        self.chunks: list[bytes] = []
+        self.journalled = Counter(piece.choice for piece in journal for _ in piece.tokens)
         self.final: bytes | None = None
         self.generation = Generation.of(entry, SimpleNamespace(backend=backend, tool_parser=tool_parser), 0.0)
         self.rebuilt = self.state()
@@ -67,23 +74,28 @@ class Process:
     def state(self) -> tuple:
         """What is told of the pieces that are out."""
         generation = self.generation
-        numbers = range(len(generation.cuts) - 1)
-        chunks = tuple(replies.encode(generation.chunk(number)) for number in numbers)
-        return generation.text[: generation.cuts[-1]], tuple(generation.cuts), chunks
+        chunks = tuple(replies.encode(generation.chunk(number)) for number in range(len(generation.parts)))
+        return [choice.text[: choice.cut_at] for choice in generation.choices], chunks
 
-    def run(self, tokens: list[Token], cuts: list[bool], ends: str, until: int) -> None:
+    def run(self, events: list[Event], cuts: list[bool], until: int) -> None:
         """Take the tokens that aren't journalled yet, up to the one with this number."""
-        for number in range(len(self.sequence_output), min(until, len(tokens))):
-            finish = ends if number == len(tokens) - 1 else None
-            reason = self.generation.push(tokens[number], float(number), finish)
-            if reason is not None:
-                last = self.generation.last_chunk(reason)
-                result = msgspec.structs.replace(self.generation.result(reason, 0.0), timings=NOWHEN)
-                self.final = replies.encode([last, result])
+        generation, journalled = self.generation, self.journalled.copy()
+        for number, (index, token, finish) in enumerate(events[:until]):
+            choice = generation.choices[index]
+            if journalled[index]:
+                journalled[index] -= 1
+                continue
+            if choice.reason is not None:
+                continue  # a stop string ended it
+            generation.push(choice, token, float(number), finish)
+            if not generation.unended():
+                result = msgspec.structs.replace(generation.result(0.0), timings=NOWHEN)
+                self.final = replies.encode([generation.last_chunks(), result])
                 return
-            if cuts[number] and (cut := self.generation.cut()) is not None:
-                assert cut[0] == len(self.journal)
-                self.journal.append(cut[1])
+            if cuts[number]:
+                for place, piece in generation.cut():
+                    assert place == len(self.journal)
+                    self.journal.append(piece)
                 self.at_last_cut = self.state()
 
 
@@ -91,21 +103,29 @@ class Process:
 def stories(draw, backend: Tokenizer) -> dict:
     """An entry, the tokens that the model will come up with, where pieces are cut, and where processes die."""
     ids = st.integers(0, backend.get_vocab_size() - 1)
-    tokens = draw(
-        st.lists(
-            st.one_of(
-                st.one_of(st.text(TEXT, min_size=1, max_size=8), st.sampled_from([CALL, CALL[:-3]])).map(
-                    lambda text: backend.encode(text).ids
-                ),
-                st.lists(ids, min_size=1, max_size=3),
+    texts = st.lists(
+        st.one_of(
+            st.one_of(st.text(TEXT, min_size=1, max_size=8), st.sampled_from([CALL, CALL[:-3]])).map(
+                lambda text: backend.encode(text).ids
             ),
-            min_size=1,
-            max_size=8,
-        ).map(lambda parts: [token for part in parts for token in part])
-    )
+            st.lists(ids, min_size=1, max_size=3),
+        ),
+        min_size=1,
+        max_size=8,
+    ).map(lambda parts: [token for part in parts for token in part])
+    stream, n, spare = draw(st.booleans()), draw(st.sampled_from([1, 1, 2, 3])), draw(st.sampled_from([0, 0, 1]))
+    best_of = n + spare if spare and not stream else None
+    choices = [draw(texts) for _ in range(best_of or n)]
     logprobs = draw(st.sampled_from([None, 0, 2]))
-    if logprobs is not None:
-        tokens = [Scored(token, -0.5, 2, [(draw(ids), -0.25)] * logprobs) for token in tokens]
+    if logprobs is not None or best_of is not None:
+        choices = [
+            [Scored(token, -0.5 - number % 3, 2, [(draw(ids), -0.25)] * (logprobs or 0)) for number, token in row]
+            for row in map(enumerate, choices)
+        ]
+    order = draw(st.permutations([index for index, tokens in enumerate(choices) for _ in tokens]))
+    ends = draw(st.sampled_from(["stop", "length"]))
+    left = [list(zip(tokens, [None] * (len(tokens) - 1) + [ends], strict=True)) for tokens in choices]
+    events = [(index, *left[index].pop(0)) for index in order]
     prompt = draw(st.lists(ids, min_size=1, max_size=8))
     stop = draw(st.none() | st.lists(st.text(TEXT, min_size=1, max_size=4), min_size=1, max_size=3))
     chat = draw(st.booleans())
@@ -118,7 +138,9 @@ def stories(draw, backend: Tokenizer) -> dict:
         include_stop_str_in_output=draw(st.booleans()),
         logprobs=logprobs is not None if chat else logprobs,
         top_logprobs=logprobs if chat else None,
-        stream=draw(st.booleans()),
+        stream=stream,
+        n=n,
+        best_of=best_of,
     )
     entry = Entry(
         id="alice/a",
@@ -131,10 +153,9 @@ def stories(draw, backend: Tokenizer) -> dict:
     )
     return {
         "entry": entry,
-        "tokens": tokens,
-        "cuts": draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens))),
-        "ends": draw(st.sampled_from(["stop", "length"])),
-        "deaths": sorted(draw(st.lists(st.integers(0, len(tokens) - 1), max_size=3))),
+        "events": events,
+        "cuts": draw(st.lists(st.booleans(), min_size=len(events), max_size=len(events))),
+        "deaths": sorted(draw(st.lists(st.integers(0, len(events) - 1), max_size=3))),
     }
 
 
@@ -144,21 +165,21 @@ def stories(draw, backend: Tokenizer) -> dict:
 def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, data):
     backend = tokenizer(name)
     story = data.draw(stories(backend))
-    told = {key: story[key] for key in ("tokens", "cuts", "ends")}
+    told = {key: story[key] for key in ("events", "cuts")}
     never = Process(story["entry"], backend, [])
-    never.run(**told, until=len(story["tokens"]))
+    never.run(**told, until=len(story["events"]))
     assert never.final is not None
 
-    journal: list[list[Token]] = []
+    journal: list[Piece] = []
     process = Process(story["entry"], backend, journal)
     for death in story["deaths"]:
         process.run(**told, until=death)
         assume(process.final is None)
         before = process.at_last_cut
         process = Process(story["entry"], backend, journal)
-        assert process.rebuilt == before, "text, cuts and chunks are those that were published"
+        assert process.rebuilt == before, "text and chunks are those that were published"
         assert process.generation.published == len(journal)
-    process.run(**told, until=len(story["tokens"]))
+    process.run(**told, until=len(story["events"]))
     assert journal == never.journal
     assert process.state() == never.state()
     assert process.final == never.final
@@ -166,15 +187,8 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, data):
 
 def test_a_generation_that_calls_tools_says_so():
     request = Request(messages=[Message("user", "Hi")], tools=[Tool(Function("wave"))], stream=True)
-    entry = Entry(id="alice/a", model="tiny", request=request, prompt=[1], seed=1, accepted_at=1e9, listeners=[])
     tokens = byte_tokenizer().encode(f"One moment. {CALL}").ids
-    process = Process(entry, byte_tokenizer(), [])
-    process.run([*tokens, 0], [True] * (len(tokens) + 1), "stop", until=len(tokens) + 1)
-    result = process.generation.result("stop", 0.0)
-    chunks = [
-        *(process.generation.chunk(n) for n in range(len(process.journal))),
-        process.generation.last_chunk("stop"),
-    ]
+    chunks, result = answer_of(request, [*tokens, 0], [True] * (len(tokens) + 1), ends="stop")
     assert (result.text, result.finish_reason) == ("One moment.", "tool_calls")
     assert [(call.function.name, call.function.arguments) for call in result.calls] == [("wave", '{"to": "\\u00e9"}')]
     assert "".join(chunk.text for chunk in chunks) == result.text
@@ -188,18 +202,18 @@ def test_a_generation_that_calls_tools_says_so():
 def test_other_cuts_after_a_death_change_pieces_and_no_text(data):
     backend = tokenizer("bytes")
     story = data.draw(stories(backend))
-    tokens, ends = story["tokens"], story["ends"]
-    other = data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+    events = story["events"]
+    other = data.draw(st.lists(st.booleans(), min_size=len(events), max_size=len(events)))
     never = Process(story["entry"], backend, [])
-    never.run(tokens, story["cuts"], ends, until=len(tokens))
+    never.run(events, story["cuts"], until=len(events))
     first = Process(story["entry"], backend, [])
-    first.run(tokens, story["cuts"], ends, until=len(tokens) // 2)
+    first.run(events, story["cuts"], until=len(events) // 2)
     second = Process(story["entry"], backend, first.journal)
-    second.run(tokens, other, ends, until=len(tokens))
+    second.run(events, other, until=len(events))
     assume(first.final is None)
-    published, whole = first.at_last_cut[2], second.state()[2]
+    published, whole = first.at_last_cut[1], second.state()[1]
     assert whole[: len(published)] == published
-    assert second.generation.text == never.generation.text
+    assert [choice.text for choice in second.generation.choices] == [choice.text for choice in never.generation.choices]
     assert second.generation.completion_tokens == never.generation.completion_tokens
 
 
@@ -207,15 +221,61 @@ def answer_of(request: Request, ids: list[int], cuts: list[bool], ends: str = "l
     """What a request whose generation comes up with these tokens is sent: chunks and result."""
     entry = Entry(id="a/a", model="m", request=request, prompt=[70], seed=1, accepted_at=0.0, listeners=[])
     generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=tool_parser), 0.0)
+    (choice,) = generation.choices
     chunks = []
     for number, token in enumerate(ids):
         scored = token if request.logprobs is None else Scored(token, -float(number), 1, [])
-        reason = generation.push(scored, 0.0, ends if number == len(ids) - 1 else None)
-        if reason is not None:
-            return [*chunks, generation.last_chunk(reason)], generation.result(reason, 0.0)
-        if cuts[number] and (cut := generation.cut()) is not None:
-            chunks.append(generation.chunk(cut[0]))
+        generation.push(choice, scored, 0.0, ends if number == len(ids) - 1 else None)
+        if not generation.unended():
+            return [*chunks, *generation.last_chunks()], generation.result(0.0)
+        if cuts[number]:
+            chunks += [generation.chunk(place) for place, _ in generation.cut()]
     raise AssertionError("it ends with its last token")
+
+
+def byte(letter: str) -> int:
+    (token,) = byte_tokenizer().encode(letter).ids
+    return token
+
+
+def test_choices_are_told_side_by_side_and_end_by_themselves():
+    request = Request(messages=[Message("user", "Hi")], stop="!", stream=True, n=2)
+    entry = Entry(id="a/a", model="m", request=request, prompt=[70], seed=1, accepted_at=0.0, listeners=[])
+    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=tool_parser), 0.0)
+    one, two = generation.choices
+    generation.push(one, byte("a"), 1.0, None)
+    generation.push(two, byte("b"), 1.0, None)
+    generation.push(two, byte("!"), 2.0, None)
+    assert [generation.chunk(number) for number, _ in generation.cut()] == [generation.chunk(n) for n in (0, 1)]
+    assert generation.unended() == [one]
+    generation.push(one, byte("c"), 2.0, "length")
+    last = generation.last_chunks()
+    told = [
+        (chunk.seq, chunk.index, chunk.text, choice.delta.role, choice.finish_reason)
+        for chunk in [generation.chunk(0), generation.chunk(1), *last]
+        for choice in chunk.data.choices
+    ]
+    assert told == [(0, 0, "a", "assistant", None), (1, 1, "b", "assistant", "stop"), (2, 0, "c", None, "length")]
+    result = generation.result(3.0)
+    assert [(c.index, c.text, c.finish_reason) for c in result.data.choices] == [(0, "ac", "length"), (1, "b", "stop")]
+    assert result.usage == Usage(1, 4, 5)
+    assert generation.outcome == "length"
+
+
+def test_the_likeliest_per_token_are_told_and_all_are_counted():
+    request = Request(prompt="x", n=2, best_of=4)
+    entry = Entry(id="a/a", model="m", request=request, prompt=[70], seed=1, accepted_at=0.0, listeners=[])
+    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=tool_parser), 0.0)
+    # In all, "bb" is less likely than "a"; each of its tokens is more so. The token that ends a text isn't told, but counts.
+    written = [("a.", [-1.4, -1.4]), ("bb.", [-1.0, -1.0, -1.0]), ("c.", [-2.0, -2.0]), ("d.", [-0.1, -5.0])]
+    for choice, (text, logprobs) in zip(generation.choices, written, strict=True):
+        for letter, logprob in zip(text, logprobs, strict=True):
+            scored = Scored(byte(letter), logprob, 1, [])
+            generation.push(choice, scored, 1.0, "stop" if letter == "." else None)
+    result = generation.result(1.0)
+    assert [(choice.index, choice.text) for choice in result.data.choices] == [(0, "bb"), (1, "a")]
+    assert result.data.choices[0].logprobs is None, "that wasn't asked for"
+    assert result.usage.completion_tokens == 2 + 3 + 2 + 2
 
 
 def test_log_probabilities_are_those_of_all_that_the_model_wrote_its_calls_included():
@@ -292,13 +352,18 @@ def test_a_prompt_s_scores_come_with_the_result_however_often_they_were_computed
     generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=tool_parser), 0.0)
     generation.score_prompt(1, [Scored(first, -1.0, 3, [(last, -0.5)]), Scored(second, -2.0, 1, [(second, -2.0)])])
     generation.score_prompt(2, [Scored(second, -2.0, 1, [(second, -2.0)]), Scored(last, -3.0, 9, [(first, -0.1)])])
-    generation.push(last, 0.0, "length")
-    assert generation.result("length", 0.0).data.choices[0].prompt_logprobs == [
+    generation.push(generation.choices[0], last, 0.0, "length")
+    assert generation.result(0.0).data.choices[0].prompt_logprobs == [
         None,
         {last: PromptLogprob(-0.5, 1, "h"), first: PromptLogprob(-1.0, 3, "\\xc3")},
         {second: PromptLogprob(-2.0, 1, "\\xa9")},
         {first: PromptLogprob(-0.1, 1, "\\xc3"), last: PromptLogprob(-3.0, 9, "h")},
     ]
+
+
+def sequences_of(entry: Entry, info: WorkerInfo = INFO) -> list[Sequence]:
+    chat = SimpleNamespace(backend=byte_tokenizer(), tool_parser=tool_parser)
+    return run_of(entry, chat, info, 0.0)[1][0]
 
 
 def test_the_batcher_goes_on_after_the_journalled_tokens():
@@ -311,23 +376,48 @@ def test_the_batcher_goes_on_after_the_journalled_tokens():
         accepted_at=0.0,
         listeners=[],
         expires_at=2e9,
-        records=[[7], [Scored(8, -0.5, 1, []), 9]],
+        pieces=[Piece([7]), Piece([Scored(8, -0.5, 1, []), 9])],
     )
-    sequence = sequence_for(entry, INFO, byte_tokenizer())
+    (sequence,) = sequences_of(entry)
     assert (sequence.tokens, sequence.prompt_len, sequence.max_tokens) == ([1, 2, 7, 8, 9], 2, 10)
     assert sequence.sampling.seed == 5
     assert (sequence.priority, sequence.deadline) == (-3, 2e9)
-    assert sequence_for(msgspec.structs.replace(entry, expires_at=None), INFO, byte_tokenizer()).deadline == math.inf
+    (sequence,) = sequences_of(msgspec.structs.replace(entry, expires_at=None))
+    assert sequence.deadline == math.inf
+
+
+def test_each_choice_that_has_not_ended_goes_on_with_draws_of_its_own():
+    request = Request(prompt=[1, 2], max_tokens=10, n=4, prompt_logprobs=0, stop="!", stop_token_ids=[3])
+    pieces = [Piece([7], 1), Piece([8, 9], 2), Piece([7, 3], 0, "stop"), Piece([7, byte("!")], 3), Piece([9], 2)]
+    entry = Entry(
+        id="a/a", model="m", request=request, prompt=[1, 2], seed=5, accepted_at=0.0, listeners=[], pieces=pieces
+    )
+    sequences = sequences_of(entry)
+    assert [(sequence.id, sequence.output) for sequence in sequences] == [("a/a#1", [7]), ("a/a#2", [8, 9, 9])]
+    assert [sequence.sampling.prompt_logprobs for sequence in sequences] == [0, None], "one of them scores the prompt"
+    assert [sequence.sampling.seed for sequence in sequences] == [seed_of(5, 1), seed_of(5, 2)]
+    seeds = {seed_of(seed, index) for seed in range(50) for index in range(16)}
+    assert len(seeds) == 50 * 16, "no choice repeats another request's draws"
+    assert all(-(1 << 63) <= seed < 1 << 63 for seed in seeds)
+    assert seed_of(5, 0) == 5
+    assert [request_of(sequence.id) for sequence in sequences] == [("a/a", 1), ("a/a", 2)]
 
 
 def test_a_structure_goes_with_its_sequence_to_any_model_that_can_end():
     request = Request(prompt=[1, 2], structured_outputs=StructuredOutputs(regex="a+"), stop_token_ids=[7])
     entry = Entry(
-        id="alice/a", model="tiny", request=request, prompt=[1, 2], seed=5, accepted_at=0.0, listeners=[], records=[[9]]
+        id="alice/a",
+        model="tiny",
+        request=request,
+        prompt=[1, 2],
+        seed=5,
+        accepted_at=0.0,
+        listeners=[],
+        pieces=[Piece([9])],
     )
-    sequence = sequence_for(entry, msgspec.structs.replace(INFO, eos_ids=[3]), byte_tokenizer())
+    (sequence,) = sequences_of(entry, msgspec.structs.replace(INFO, eos_ids=[3]))
     assert sequence.sampling.grammar == grammar_for(request)
     assert sequence.stop_ids == {3, 7, NO_TOKEN}
     with pytest.raises(BadRequest, match="no token that ends") as caught:
-        sequence_for(entry, INFO, byte_tokenizer())
+        sequences_of(entry)
     assert caught.value.body.param == "structured_outputs"

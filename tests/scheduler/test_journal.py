@@ -12,7 +12,7 @@ import pytest
 from protocol.plan import Scored
 from protocol.request import decode_request
 from scheduler.journal import sqlite
-from scheduler.journal.entry import Listener, Taken, digest
+from scheduler.journal.entry import Listener, Piece, Taken, digest
 from scheduler.journal.memory import MemoryJournal
 from scheduler.journal.postgres import PostgresJournal
 from scheduler.journal.sqlite import SqliteJournal
@@ -68,7 +68,7 @@ async def test_find_takes_nothing(journal):
 async def test_a_write_counts_from_the_moment_it_is_queued(journal):
     queued = [
         journal.accept([entry("alice/a")]),
-        journal.progress([("alice/a", 0, [1])]),
+        journal.progress([("alice/a", 0, Piece([1]))]),
         journal.find(["alice/a"]),
         journal.end("alice/a", b"reply"),
         journal.find(["alice/a"]),
@@ -138,10 +138,10 @@ async def test_what_is_awaited_survives_kill_9(place):
     if isinstance(place, Path):
         assert place.with_name(place.name + "-wal").stat().st_size > 0, "nobody closed it"
     async with opened(place) as journal:
-        left = {one.id: (one.records, one.reply) for one in journal.unfinished()}
+        left = {one.id: (one.pieces, one.reply) for one in journal.unfinished()}
         assert left == {
             "alice/new": ([], None),
-            "alice/begun": ([[5, 6]], None),
+            "alice/begun": ([Piece([5, 6])], None),
             "alice/ended": ([], b"reply"),
         }
         assert await journal.find(["alice/delivered"]) == [Taken(mark(), b"reply")]
@@ -159,14 +159,17 @@ async def test_a_row_of_the_first_release_is_of_a_request_that_never_expires(pat
 
 
 async def test_an_entry_comes_back_as_it_was_with_its_pieces_in_order(place):
-    pieces = [[number, 2**31 - 1, Scored(number, -0.5, 3, [(7, -0.25)] * (number % 3))] for number in range(12)]
+    pieces = [
+        Piece([number, 2**31 - 1, Scored(number, -0.5, 3, [(7, -0.25)] * (number % 3))], number // 4, finish)
+        for number, finish in enumerate([None, "stop", "length"] * 4)
+    ]
     listeners = [Listener("tokenbus/v1/alice/out/a"), Listener("tokenbus/v1/alice/out/b", b"correlation")]
     async with opened(place) as journal:
         await journal.accept([entry("alice/a", expires_at=2_000.25)])
         for first in (10, 0, 5):  # by number, not by time
             await journal.progress([("alice/a", n, pieces[n]) for n in range(first, min(first + 5, 12))])
         await journal.listen("alice/a", listeners)
-    expected = entry("alice/a", expires_at=2_000.25, attempt=2, records=pieces)
+    expected = entry("alice/a", expires_at=2_000.25, attempt=2, pieces=pieces)
     expected.listeners = listeners
     assert await left_by(place) == [expected]
 
@@ -193,7 +196,7 @@ async def test_every_opening_is_one_more_attempt_and_trials_count_until_one_pass
 async def test_ended_but_undelivered_comes_back_with_its_reply_and_delivered_does_not(place):
     async with opened(place) as journal:
         await journal.accept([entry("alice/a"), entry("alice/b")])
-        await journal.progress([("alice/a", 0, [1])])
+        await journal.progress([("alice/a", 0, Piece([1]))])
         await journal.end("alice/a", b"the end")
         await finish(journal, "alice/b")
     assert await left_by(place) == [without_body(entry("alice/a", attempt=2, reply=b"the end"))]
@@ -202,7 +205,7 @@ async def test_ended_but_undelivered_comes_back_with_its_reply_and_delivered_doe
 async def test_the_end_takes_body_and_pieces_off_the_disk(path):
     async with opened(path) as journal:
         await journal.accept([entry("alice/a"), entry("alice/b")])
-        await journal.progress([(id, n, [n]) for id in ("alice/a", "alice/b") for n in range(3)])
+        await journal.progress([(id, n, Piece([n])) for id in ("alice/a", "alice/b") for n in range(3)])
         await journal.end("alice/a", b"reply")
     with sqlite3.connect(path) as database:
         assert database.execute("SELECT id, count(*) FROM progress GROUP BY id").fetchall() == [("alice/b", 3)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.journal.entry import JournalError, Taken
+from scheduler.journal.entry import JournalError, Piece, Taken
 from scheduler.journal.sqlite import SqliteJournal
 from tests.scheduler.journals import DYING, ROOT, entry, finish, flip, left_by, mark, opened, run_python
 
@@ -78,7 +78,7 @@ async def test_a_file_it_cannot_vouch_for_is_refused_and_left_as_it_is(path, spo
     async with opened(path) as journal:
         ids = [f"alice/{number}" for number in range(50)]
         await journal.accept([entry(id, f"the prompt of {id} " * 50) for id in ids])
-        await journal.progress([(id, number, [1, 2, 3]) for id in ids for number in range(10)])
+        await journal.progress([(id, number, Piece([1, 2, 3])) for id in ids for number in range(10)])
     spoil(path)
     before = path.read_bytes()
     for _ in range(2):  # the lock is let go
@@ -196,14 +196,14 @@ def shell(commands: str, folder: Path) -> str:
 async def test_a_backup_is_a_journal_again(path):
     async with opened(path) as journal:
         await journal.accept([entry("alice/a"), entry("alice/b")])
-        await journal.progress([("alice/a", 0, [1, 2])])
+        await journal.progress([("alice/a", 0, Piece([1, 2]))])
         await finish(journal, "alice/b")
     shell(BACK_UP, path.parent)
     left = run_python(DYING, path)  # and a -wal of another state
     assert left.returncode == -signal.SIGKILL
     shell(RESTORE, path.parent)
     async with opened(path) as journal:
-        assert journal.unfinished() == [entry("alice/a", attempt=2, records=[[1, 2]])]
+        assert journal.unfinished() == [entry("alice/a", attempt=2, pieces=[Piece([1, 2])])]
         assert await journal.find(["alice/b", "alice/new"]) == [Taken(mark(), b"reply"), None]
         assert path.stat().st_mode & 0o777 == 0o600
         assert journal._database.execute("PRAGMA auto_vacuum").fetchone() == (2,), "it still gives space back"
@@ -213,7 +213,7 @@ async def test_of_a_damaged_journal_what_can_be_read_is_recovered(path):
     ids = [f"alice/{number}" for number in range(300)]
     async with opened(path) as journal:
         await journal.accept([entry(id, "Hello " * 50) for id in ids])
-        await journal.progress([(id, 0, [1]) for id in ids])
+        await journal.progress([(id, 0, Piece([1])) for id in ids])
         await finish(journal, *ids[:100])
     for page in range(20, 30):
         flip(path, page * 4096, 64)

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from scheduler.journal.entry import Entry, Listener, Taken, digest
+from scheduler.journal.entry import Entry, Listener, Piece, Taken, digest
 from tests.databases import emptied
 from tests.scheduler.journals import Place, die, entry, opened, without_body
 
@@ -75,11 +75,17 @@ class Histories(RuleBasedStateMachine):
         ]
         assert self.write("accept", written) == expected
 
-    @rule(id=ids, tokens=st.lists(st.integers(0, 2**31 - 1), max_size=5))
-    def progress(self, id, tokens):
+    @rule(
+        id=ids,
+        tokens=st.lists(st.integers(0, 2**31 - 1), max_size=5),
+        choice=st.integers(0, 2),
+        finish=st.sampled_from([None, None, "stop", "length"]),
+    )
+    def progress(self, id, tokens, choice, finish):
         if one := self.running(id):
-            self.write("progress", [(id, len(one.records), tokens)])
-            one.records = [*one.records, tokens]
+            piece = Piece(tokens, choice, finish)
+            self.write("progress", [(id, len(one.pieces), piece)])
+            one.pieces = [*one.pieces, piece]
 
     @rule(id=ids, listeners=st.lists(st.builds(Listener, st.text(), st.none() | st.binary()), max_size=3))
     def listen(self, id, listeners):

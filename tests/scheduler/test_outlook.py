@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import random
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ from protocol.plan import Pong, StepPlan, StepResult, Work, WorkerConfig
 from protocol.request import Request
 from scheduler.core.batcher import TokenEvent
 from scheduler.core.policies.fair import Fair
-from scheduler.generation import sequence_for
+from scheduler.generation import Generation, sequences_for
 from scheduler.journal.entry import Entry
 from scheduler.loop import Engine, StepReport
 from scheduler.outlook import Outlook
@@ -34,9 +35,11 @@ def weight(tenant: str) -> float:
     return WEIGHTS.get(tenant, 1.0)
 
 
-def entry(id: str, prompt: int = 10, output: int | None = 20, *, priority: int = 0, late: bool = False) -> Entry:
+def entry(
+    id: str, prompt: int = 10, output: int | None = 20, *, priority: int = 0, late: bool = False, n: int = 1
+) -> Entry:
     """One with ``late`` is to be refused when it can't be done at once."""
-    request = Request(prompt="x", max_tokens=output, priority=priority, refuse_late=late)
+    request = Request(prompt="x", max_tokens=output, priority=priority, refuse_late=late, n=n)
     return Entry(
         id=id,
         model="tiny",
@@ -186,6 +189,26 @@ def test_what_an_earlier_process_generated_is_to_be_computed_and_not_to_be_gener
     assert estimate_s(outlook, "alice/new") == estimate_s(expected, "alice/new")
 
 
+def test_choices_of_one_request_count_as_its_sequences_over_one_prompt():
+    several, apart = warm(seats=2), warm(seats=2)
+    several.begin(entry("alice/a", 50, 10, n=4))
+    for number in range(4):
+        apart.begin(entry(f"alice/{number}", 50 if number == 0 else 0, 10))
+    assert estimate_s(several, "alice/new") == estimate_s(apart, "alice/new")
+    for step in range(10):
+        several.observe(report(*(f"alice/a#{index}" if index else "alice/a" for index in range(4))))
+        apart.observe(report(*(f"alice/{number}" for number in range(4))))
+        assert estimate_s(several, "alice/new") == estimate_s(apart, "alice/new"), f"after {step + 1} tokens of each"
+    several.end("alice/a")
+    assert estimate_s(several, "alice/new") == pytest.approx(estimate_s(warm(seats=2), "alice/new"), rel=0.01)
+
+
+def test_choices_run_beside_each_other_as_far_as_there_are_seats():
+    alone_s, beside_s, in_turns_s = (estimate_s(warm(seats=4), "alice/new", n=n) for n in (1, 4, 8))
+    assert alone_s < beside_s < 1.5 * alone_s
+    assert in_turns_s > 1.8 * beside_s
+
+
 # How far off it is
 
 
@@ -249,7 +272,8 @@ class Service:
     def begin(self, *entries: Entry) -> None:
         for one in entries:
             self.outlook.begin(one)
-            self.engine.submit(sequence_for(one, INFO, byte_tokenizer()))
+            chat = SimpleNamespace(backend=byte_tokenizer(), tool_parser=lambda *_: None)
+            self.engine.submit(*sequences_for(Generation.of(one, chat, 0.0), INFO))
 
     async def until_done(self, id: str) -> float:
         """When it was."""

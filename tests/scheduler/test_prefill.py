@@ -15,7 +15,7 @@ from protocol.request import Request
 from scheduler.chat import Chat
 from scheduler.journal.entry import Entry, digest
 from scheduler.journal.row import body_of, load
-from scheduler.kinds import prompt_of, run_of, sequences_for
+from scheduler.kinds import prompt_of, run_of
 from scheduler.outlook import Outlook
 from tests.scheduler.test_generation import INFO
 from workers.weights import demo_model
@@ -48,10 +48,10 @@ def vector(*numbers: float) -> bytes:
 
 def embedded(request: EmbeddingRequest, chat: Chat, *parts: tuple[str, int, bytes]) -> CreateEmbeddingResponse:
     asked = entry(request, chat)
-    run = run_of(asked, sequences_for(asked, chat, WIDE), chat, 0.0)
+    run, _ = run_of(asked, chat, WIDE, 0.0)
     for part in parts:
         run.pool(*part)
-    for _ in run.sequence_ids:
+    for _ in asked.sequence_ids:
         assert not run.is_whole
         run.complete()
     assert run.is_whole
@@ -63,9 +63,10 @@ def test_a_sequence_for_each_text(chat):
     tokens = [chat.backend.encode(text).ids for text in texts]
     for given in (texts, tokens):
         asked = entry(EmbeddingRequest(input=given, pooling="mean", priority=3), chat)
-        sequences = sequences_for(asked, chat, WIDE)
+        _, families = run_of(asked, chat, WIDE, 0.0)
+        sequences = [sequence for (sequence,) in families]
         assert [sequence.tokens for sequence in sequences] == tokens
-        assert [sequence.id for sequence in sequences] == ["alice/r1", "alice/r1/1", "alice/r1/2"]
+        assert [sequence.id for sequence in sequences] == ["alice/r1", "alice/r1#1", "alice/r1#2"]
         assert {(one.max_tokens, one.tenant, one.priority, one.sampling.pooling) for one in sequences} == {
             (0, "alice", 3, "mean")
         }
@@ -76,7 +77,7 @@ def test_a_mean_is_made_of_all_parts_and_who_began_anew_counts_once(chat):
     request = EmbeddingRequest(input=[[5, 6, 7, 8], [9]], pooling="mean", normalize=False)
     parts = [
         ("alice/r1", 0, vector(100, 100, 100)),
-        ("alice/r1/1", 0, vector(1, 2, 3)),
+        ("alice/r1#1", 0, vector(1, 2, 3)),
         ("alice/r1", 0, vector(1, 2, 3)),
         ("alice/r1", 3, vector(3, 2, 1)),
     ]
@@ -119,11 +120,10 @@ def test_what_is_no_number_is_an_error(chat):
 )
 def test_scored_is_the_text_as_the_model_knows_it_after_its_context(chat, context, text, scored):
     asked = entry(ScoreRequest(text=text, context=context), chat)
-    (sequence,) = sequences_for(asked, chat, WIDE)
+    run, ((sequence,),) = run_of(asked, chat, WIDE, 0.0)
     assert chat.backend.decode(asked.prompt) == (context or "") + text
     first = sequence.sampling.score_from
     assert asked.splits == [first]
-    run = run_of(asked, [sequence], chat, 0.0)
     tokens = asked.prompt[first:]
     run.score_prompt(first, [Scored(token, -0.5 * n, 1, []) for n, token in enumerate(tokens, 1)])
     completion = Completion.model_validate_json(msgspec.json.encode(run.result(1.0).data), strict=True)
@@ -158,7 +158,8 @@ def test_what_cannot_be_done_is_said(chat, request_, field, code, says):
 def test_a_whole_context_may_be_read(chat):
     """Nothing has to follow."""
     assert entry(EmbeddingRequest(input=[5] * 50, dimensions=3), chat).prompt == [5] * 50
-    assert sequences_for(entry(ScoreRequest(text=[5] * 50), chat), chat, WIDE)[0].end_len == 50
+    _, ((sequence,),) = run_of(entry(ScoreRequest(text=[5] * 50), chat), chat, WIDE, 0.0)
+    assert sequence.end_len == 50
 
 
 @pytest.mark.parametrize(

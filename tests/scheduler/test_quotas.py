@@ -23,7 +23,7 @@ class Desk:
         self.admission = Admission(self.bounds(), self.clock)
 
     def bounds(self, in_all: int = 10_000) -> Bounds:
-        return Bounds(in_all, 4_000_000, lambda tenant: self.quotas.get(tenant, Quota(1000)))
+        return Bounds(in_all, 4_000_000, 4, lambda tenant: self.quotas.get(tenant, Quota(1000)))
 
     def enter(self, entry: Entry) -> bool:
         try:

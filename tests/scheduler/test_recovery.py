@@ -16,7 +16,7 @@ from protocol.replies import Accepted, Chunk, Expired, Failed, Quarantined, Resu
 from protocol.request import Request
 from scheduler.admission import Admission, Bounds
 from scheduler.console.activity import Activity
-from scheduler.journal.entry import Entry, Listener
+from scheduler.journal.entry import Entry, Listener, Piece
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.loop import Engine
 from scheduler.metrics.series import Metrics
@@ -136,7 +136,7 @@ class Process:
         self.worker = self.engine._worker = Worker(self.journal, self._fatal)
         self.worker.engine = await enter(self.engine)
         group = await enter(asyncio.TaskGroup())
-        self.admission = Admission(Bounds(100, 10_000, lambda _: Quota(100)), self.engine.now)
+        self.admission = Admission(Bounds(100, 10_000, 16, lambda _: Quota(100)), self.engine.now)
         self.metrics = Metrics()
         self.delivery = Delivery(self.broker, self.journal, group, self.metrics)
         chat = SimpleNamespace(backend=TOKENIZER, tool_parser=lambda *_: None)
@@ -193,7 +193,7 @@ async def leave(path: Path, *entries: Entry, ended: dict[str, bytes] | None = No
     async with Journal(path) as journal:
         await journal.accept(entries)
         for one in entries:
-            await journal.progress([(one.id, number, tokens) for number, tokens in enumerate(one.records)])
+            await journal.progress([(one.id, number, piece) for number, piece in enumerate(one.pieces)])
             for _ in range(one.trials):
                 await journal.trial(one.id, begins=True)
         for name, reply in (ended or {}).items():
@@ -207,7 +207,7 @@ async def unfinished(path: Path) -> dict[str, tuple[int, int]]:
 
 
 async def test_an_ordinary_request_goes_on_after_its_journalled_tokens(path):
-    await leave(path, entry("a", tokens=5, records=[[LETTER], [LETTER, LETTER]]))
+    await leave(path, entry("a", tokens=5, pieces=[Piece([LETTER]), Piece([LETTER, LETTER])]))
     async with Process(path) as process:
         await process.settle()
         first, *_ = process.worker.steps
@@ -220,6 +220,59 @@ async def test_an_ordinary_request_goes_on_after_its_journalled_tokens(path):
         (result,) = process.broker.terminal("a")
         assert (result.text, result.attempt, result.usage.completion_tokens) == ("xxxxx", 2, 5)
     assert await unfinished(path) == {}
+
+
+async def test_a_request_for_several_texts_goes_on_with_those_that_are_missing(path):
+    told = Request(prompt=[65, 66], max_tokens=4, stream=True, n=3)
+    pieces = [Piece([LETTER], 0), Piece([LETTER] * 4, 2, "length"), Piece([LETTER], 1), Piece([LETTER], 0)]
+    several = msgspec.structs.replace(entry("a", pieces=pieces), request=told)
+    await leave(path, several)
+    async with Process(path) as process:
+        await process.settle()
+        given = [tokens for step in process.worker.steps for tokens in step.given]
+        assert given == [[65, 66, LETTER, LETTER], [65, 66, LETTER]], "the last one had ended"
+        chunks = process.broker.chunks("a")
+        assert [chunk.seq for chunk in chunks] == list(range(3, 3 + len(chunks)))
+        texts = ["x", "x", "xxxx"]  # in the pieces before the last one
+        for chunk in chunks:
+            texts[chunk.index] += chunk.text
+        (result,) = process.broker.terminal("a")
+        choices = [(choice.index, choice.text, choice.finish_reason) for choice in result.data.choices]
+        assert choices == [(index, "xxxx", "length") for index in range(3)]
+        assert texts == ["xxxx"] * 3
+        assert (result.usage.prompt_tokens, result.usage.completion_tokens, result.attempt) == (2, 12, 2)
+        assert result.chunks == 3 + len(chunks)
+    assert await unfinished(path) == {}
+
+
+async def test_a_suspect_for_several_texts_is_taken_out_whole_and_goes_on(path):
+    several = msgspec.structs.replace(entry("a", attempt=3), request=Request(prompt=[65, 66], max_tokens=4, n=3))
+    await leave(path, several, entry("other", attempt=3))
+    async with Process(path) as process:
+        await process.settle()
+        names = [set(step.names) for step in process.worker.steps]
+        assert names[0] == {"a"}
+        assert {"a", "a#1", "a#2", "other"} in names
+        (result,) = process.broker.terminal("a")
+        assert [choice.text for choice in result.data.choices] == ["xxxx"] * 3
+
+
+async def test_a_cancel_and_a_deadline_end_all_texts_of_a_request(path):
+    asked = Request(prompt=[65, 66], max_tokens=900, n=3)
+    entries = [msgspec.structs.replace(entry(name), request=asked) for name in ("cancelled", "expired")]
+    entries[1].expires_at = time.time() + 0.5
+    await leave(path, *entries)
+    async with Process(path, fatal="expired") as process:
+        await process.worker.reached.wait()
+        assert process.egress.cancel("alice/cancelled")
+        while not process.broker.terminal("expired"):
+            await asyncio.sleep(0.01)
+        process.worker.release.set()
+        await process.settle()
+        assert len(process.engine.batcher) == 0
+        assert process.engine.batcher.pool.num_free == process.engine.batcher.pool.num_blocks
+        assert process.broker.terminal("cancelled") == [replies.Cancelled("cancelled", 0, attempt=2)]
+        assert process.broker.terminal("expired") == [Expired("expired", 0, attempt=2)]
 
 
 async def test_nobody_is_a_suspect_before_it_was_taken_up_more_often_than_allowed(path):
@@ -295,7 +348,7 @@ async def test_a_model_that_is_no_longer_served_ends_its_requests(path):
 
 
 async def test_what_is_overdue_ends_as_expired_and_is_not_computed(path):
-    overdue = entry("a", expires_at=1001.0, records=[[LETTER], [LETTER, LETTER]])
+    overdue = entry("a", expires_at=1001.0, pieces=[Piece([LETTER]), Piece([LETTER, LETTER])])
     await leave(path, overdue, entry("suspect", attempt=3, expires_at=1001.0), entry("in time", expires_at=1e11))
     async with Process(path) as process:
         await process.settle()
@@ -346,7 +399,7 @@ async def test_an_end_that_may_not_have_arrived_is_told_again_with_the_higher_at
 
 
 async def test_a_chunk_that_may_not_have_arrived_is_published_again(path):
-    await leave(path, entry("a", records=[[LETTER], [LETTER, LETTER]]))
+    await leave(path, entry("a", pieces=[Piece([LETTER]), Piece([LETTER, LETTER])]))
     async with Process(path, fatal="a") as process:
         await process.worker.reached.wait()
         assert [(chunk.seq, chunk.text) for chunk in process.broker.chunks("a")] == [(1, "xx")]

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import psycopg
 import pytest
 
-from scheduler.journal.entry import JournalError, Listener, Taken
+from scheduler.journal.entry import JournalError, Listener, Piece, Taken
 from scheduler.journal.members import News, Usage
 from scheduler.journal.postgres import PostgresJournal
 from tests.scheduler.journals import die, entry, finish, mark, opened, without_body
@@ -61,14 +61,14 @@ async def test_many_at_once_in_any_order_have_one_owner_each(database):
 async def test_what_a_dead_replica_left_is_taken_over_when_its_lease_has_run_out_and_goes_on_where_it_was(database):
     async with replicas(database, "a", "b") as (a, b):
         await a.accept([entry(f"alice/{name}") for name in ("1-running", "2-ended", "delivered")])
-        await a.progress([("alice/1-running", number, [number, 7]) for number in range(3)])
+        await a.progress([("alice/1-running", number, Piece([number, 7])) for number in range(3)])
         await a.end("alice/2-ended", b"the end")
         await finish(a, "alice/delivered")
         await die(a)
         assert await b.take_over() == [], "it may only be slow"
         expire(database, a)
         assert await b.take_over() == [
-            entry("alice/1-running", attempt=2, records=[[0, 7], [1, 7], [2, 7]]),
+            entry("alice/1-running", attempt=2, pieces=[Piece([0, 7]), Piece([1, 7]), Piece([2, 7])]),
             without_body(entry("alice/2-ended", attempt=2, reply=b"the end")),
         ]
         assert await b.take_over() == []
@@ -119,20 +119,20 @@ async def test_two_that_take_over_at_once_take_nothing_twice(database):
 async def test_one_that_was_only_slow_can_write_nothing_more(database):
     async with replicas(database, "a", "b") as (a, b):
         await a.accept([entry("alice/lost"), entry("alice/kept", "else")])
-        await a.progress([("alice/lost", 0, [1])])
+        await a.progress([("alice/lost", 0, Piece([1]))])
         with psycopg.connect(database) as connection:
             connection.execute(
                 "UPDATE tokenbus.requests SET owner = %s WHERE id = 'alice/lost'", (b.number,)
             )  # as b does when the lease has run out
-        assert await a.progress([("alice/lost", 1, [2]), ("alice/kept", 0, [3])]) == {"alice/lost"}
+        assert await a.progress([("alice/lost", 1, Piece([2])), ("alice/kept", 0, Piece([3]))]) == {"alice/lost"}
         assert await a.end("alice/lost", b"a's end") is False
         await a.listen("alice/lost", [Listener("tokenbus/v1/alice/out/else")])
         await a.trial("alice/lost", begins=True)
         await a.delivered("alice/lost")
         assert await a.held() == {"alice/kept"}
-        assert await b.progress([("alice/lost", 1, [9])]) == set()
+        assert await b.progress([("alice/lost", 1, Piece([9]))]) == set()
         expire(database, b)
-        assert await a.take_over() == [entry("alice/lost", attempt=2, records=[[1], [9]])]
+        assert await a.take_over() == [entry("alice/lost", attempt=2, pieces=[Piece([1]), Piece([9])])]
 
 
 async def test_a_piece_that_is_being_written_is_not_left_behind(database):
@@ -144,7 +144,7 @@ async def test_a_piece_that_is_being_written_is_not_left_behind(database):
             expire(database, a)
             assert await b.take_over() == [], "its owner is writing"
             await writing.commit()
-            assert await b.take_over() == [entry("alice/1", attempt=2, records=[[5]])]
+            assert await b.take_over() == [entry("alice/1", attempt=2, pieces=[Piece([5])])]
 
 
 async def test_a_lease_that_ran_out_unnoticed_is_renewed_and_counted_and_nothing_is_lost(database):

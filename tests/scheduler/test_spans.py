@@ -10,7 +10,7 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from protocol.errors import ServiceError
-from protocol.openai import answer
+from protocol.openai import Answer, answer
 from protocol.replies import Cancelled, Failed, Result, Terminal
 from protocol.request import Message, Request
 from scheduler.config import ConfigError, TracingConfig, load
@@ -37,13 +37,13 @@ def generation(begun: float | None = 2.0, first: float | None = 5.0, tokens: int
         accepted_at=0.0,
         listeners=[Listener("there", None, TRACEPARENT)],
     )
-    generation = Generation(entry, 1.0, tokenizer=None, detokenizer=None, stops=None, text=SECRET)
+    generation = Generation(entry, 1.0, tokenizer=None, choices=[])
     generation.started_at, generation.first_token_at, generation.completion_tokens = begun, first, tokens
     return generation
 
 
 def result(generation: Generation) -> Result:
-    data = answer(chat=False, request_id="r1", created=0, model="tiny", text=SECRET, reason="length", usage=None)
+    data = answer(chat=False, request_id="r1", created=0, model="tiny", answers=[Answer(SECRET, "length")], usage=None)
     return Result("r1", data, generation.timings(NOW), 0)
 
 

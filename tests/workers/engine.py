@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import torch
 from transformers import PreTrainedModel
 
@@ -16,6 +17,8 @@ from scheduler.core.blocks import BlockPool
 from scheduler.core.policies import PolicyName
 from scheduler.core.sequence import Sequence
 from scheduler.core.speculation import Speculation
+from scheduler.journal.entry import sequence_id
+from scheduler.sampling import seed_of
 from workers.attention import choose
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
@@ -98,10 +101,22 @@ class LocalEngine:
         stop=frozenset(),
         *,
         adapter: str = "",
+        choices: int = 1,
     ) -> None:
-        self.outputs[id] = []
         sampling = sampling or Sampling()
-        self.batcher.submit(Sequence(id, prompt, max_tokens=length, stop_ids=stop, sampling=sampling, adapter=adapter))
+        sequences = [
+            Sequence(
+                sequence_id(id, index),
+                prompt,
+                max_tokens=length,
+                stop_ids=stop,
+                sampling=msgspec.structs.replace(sampling, seed=seed_of(sampling.seed, index)),
+                adapter=adapter,
+            )
+            for index in range(choices)
+        ]
+        self.outputs |= {sequence.id: [] for sequence in sequences}
+        self.batcher.submit(*sequences)
 
     def step(self) -> bool:
         result = self.run_next()

@@ -96,6 +96,10 @@ class AttentionBackend(ABC):
         Returns [T, query_heads, value_dim] in the query's dtype.
         """
 
+    @abstractmethod
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy blocks, whole and in every layer: int64 [n] each. All are read before any is written."""
+
     @classmethod
     @abstractmethod
     def unsupported(

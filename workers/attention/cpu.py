@@ -121,6 +121,10 @@ class CpuAttention(AttentionBackend):
         )
         return output
 
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        for blocks in self.cache:
+            blocks[targets] = blocks[sources]
+
     def _use(self, batch: RaggedBatch) -> None:
         """Point the kernel at a new step's batch. Raises ValueError where it would read or write outside the cache."""
         query_start, context_len, block_table = (

@@ -81,6 +81,9 @@ class CudaAttention(AttentionBackend):
             ),
         )
 
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        self.cache.copy(sources, targets)
+
 
 def _unsupported_attributes(attributes: Attributes) -> str | None:
     if attributes.softcap is not None:

@@ -42,6 +42,9 @@ class ReferenceAttention(AttentionBackend):
             output[tokens] = self._attend_row(layer, query[tokens], batch.block_table[row], context_len, attributes)
         return output
 
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        self.cache.copy(sources, targets)
+
     def _attend_row(
         self, layer: int, query: Tensor, block_table: Tensor, context_len: int, attributes: Attributes
     ) -> Tensor:

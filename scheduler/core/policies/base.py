@@ -39,8 +39,8 @@ class ArrivalQueue(FairQueue):
         super().push(sequence)
         self._in_order[sequence.number] = sequence
 
-    def put_back(self, sequence: Sequence) -> None:
-        super().put_back(sequence)
+    def rejoin(self, sequence: Sequence) -> None:
+        super().rejoin(sequence)
         self._in_order[sequence.number] = sequence
 
     def remove(self, sequence: Sequence) -> None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from protocol.request import Request
 from scheduler.console.activity import Activity
 from scheduler.core.batcher import Batcher
-from scheduler.journal.entry import Entry
+from scheduler.journal.entry import Entry, request_of, sequence_id
 from scheduler.loop import StepReport
 from tests.scheduler.core.drive import TOKEN, sequence
 
@@ -18,11 +18,11 @@ class Bench:
         self.batcher = batcher
         self.activity = Activity(SimpleNamespace(batcher=batcher, now=lambda: self.now), "tiny")
 
-    def submit(self, id: str, prompt: int, max_tokens: int = 8) -> None:
+    def submit(self, id: str, prompt: int, max_tokens: int = 8, n: int = 1) -> None:
         tokens = list(range(10, 10 + prompt))
-        request = Request(prompt=tokens, max_tokens=max_tokens)
+        request = Request(prompt=tokens, max_tokens=max_tokens, n=n)
         entry = Entry(id=id, model="tiny", request=request, prompt=tokens, seed=1, accepted_at=0.0, listeners=[])
-        self.batcher.submit(sequence(id, tokens, max_tokens))
+        self.batcher.submit(*(sequence(sequence_id(id, index), tokens, max_tokens) for index in range(n)))
         self.activity.begin(entry, 0, self.now)
 
     def step(self) -> None:
@@ -55,5 +55,6 @@ class Bench:
         )
         self.activity.observe(report)
         for event in events:
-            if event.finish is not None:
-                self.activity.end(event.id, event.finish, self.now)
+            id, _ = request_of(event.id)
+            if event.finish is not None and not any(request_of(other)[0] == id for other in self.batcher._sequences):
+                self.activity.end(id, event.finish, self.now)

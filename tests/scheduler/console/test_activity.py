@@ -63,6 +63,22 @@ def test_a_preemption_is_seen_and_so_is_what_is_computed_again():
     assert ("waiting", "prefill", "decode", "preempted", "prefill", "decode") in kinds
 
 
+def test_a_request_for_several_texts_is_one_request():
+    bench = Bench(make(running=3, budget=32, blocks=12, size=4))
+    bench.submit("alice/several", prompt=8, max_tokens=12, n=3)
+    bench.submit("bob/other", prompt=8, max_tokens=20)
+    while len(bench.batcher):
+        bench.step()
+        snapshot = bench.activity.snapshot({})
+        (alice,) = [row for row in snapshot.tenants if row.tenant == "alice"]
+        (row,) = [row for row in snapshot.requests if row.request_id == "several"]
+        assert alice.running + alice.waiting == (row.outcome is None)
+        assert alice.running or not any(id.startswith("alice/several") for id in bench.batcher.running)
+    (row,) = [row for row in snapshot.requests if row.request_id == "several"]
+    assert (row.prompt_tokens, row.generated_tokens, row.outcome) == (8, 36, "length")
+    assert snapshot.preemptions > 0
+
+
 def test_phases_follow_one_another_without_a_gap():
     bench = Bench(make(running=2, budget=32, blocks=6, size=4))
     for name in ("alice/one", "bob/other", "bob/third"):

@@ -1,7 +1,8 @@
 """Invariants of the batcher after every step of random histories, under every policy: arrivals, cancels, crashes, tiny pools,
-prompts that begin alike or are all that is to be computed, steps planned ahead, drafts right and wrong."""
+prompts that begin alike or are all that is to be computed, steps planned ahead, drafts right and wrong, requests for several
+texts."""
 
-from collections import deque
+from collections import Counter, deque
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -27,11 +28,17 @@ class Worker:
         self.kv: dict[tuple[int, int], int] = {}
         self.texts: dict[int, dict[int, int]] = {}
         self.computed: dict[int, int | None] = {}
+        self.seeds: dict[int, int] = {}
 
     def run(self, plan: StepPlan, sample) -> tuple[list[int], list[Verdict], list[int]]:
         """Tokens, verdicts, and of each row a sum over what it computed, as a mean's hidden states are summed up."""
+        before = self.kv.copy() if plan.copies else {}
+        for source, target in plan.copies:
+            for offset in range(self.block_size):
+                self.kv[target, offset] = before.get((source, offset), -1)
         for admission in plan.admissions:
             self.tables[admission.slot] = []
+            self.seeds[admission.slot] = admission.sampling.seed
             self.computed[admission.slot] = None
             self.texts[admission.slot] = dict(enumerate(admission.tokens))
         decodes = [Row(slot, self.computed[slot], 1, [], sample=True) for slot in plan.decodes]
@@ -46,20 +53,20 @@ class Worker:
             read = [self.kv[self._place(row.slot, position)] for position in range(end)]
             sums.append(sum(read[row.start :]))
             if row.sample:
-                text[end] = sample(read)
+                text[end] = sample(read, self.seeds[row.slot])
                 tokens.append(text[end])
         verdicts = [self._verify(verification, sample) for verification in plan.verifications]
         return tokens, verdicts, sums[len(decodes) :]
 
     def _verify(self, verification: Verification, sample) -> Verdict:
         """Drafts are as often right as wrong, and sometimes fewer than asked for."""
-        slot, text = verification.slot, self.texts[verification.slot]
+        slot, text, seed = verification.slot, self.texts[verification.slot], self.seeds[verification.slot]
         self.tables[slot] += verification.new_blocks
         start = self.computed[slot]
         self.kv[self._place(slot, start)] = text[start]
         right: list[int] = []
         for position in range(start, start + verification.drafts):
-            right.append(sample([text[at] for at in range(position + 1)]))
+            right.append(sample([text[at] for at in range(position + 1)], seed))
             text[position + 1] = right[-1]
         drafted = max(verification.drafts - start % 2, 0)
         drafts = [token + (position * token) % 3 // 2 for position, token in enumerate(right[:drafted], start)]
@@ -67,7 +74,7 @@ class Worker:
             self.kv[self._place(slot, position)] = token
         tokens: list[int] = []
         for position in range(start, start + drafted + 1):
-            tokens.append(sample([self.kv[self._place(slot, at)] for at in range(position + 1)]))
+            tokens.append(sample([self.kv[self._place(slot, at)] for at in range(position + 1)], seed))
             text[position + 1] = tokens[-1]
             if tokens != drafts[: len(tokens)]:
                 break
@@ -118,9 +125,9 @@ class Histories(RuleBasedStateMachine):
         self.ended: set[str] = set()
         self.poison: dict[str, int] = {}
 
-    def sample(self, kv: list[int]) -> int:
+    def sample(self, kv: list[int], seed: int) -> int:
         """A token that depends on the whole history, as a model's would; sometimes EOS."""
-        return hash(tuple(kv)) % 17
+        return hash((seed, *kv)) % 17
 
     @rule(
         prompt=st.integers(1, 12),
@@ -130,28 +137,33 @@ class Histories(RuleBasedStateMachine):
         tenant=st.sampled_from("abc"),
         like=st.none() | st.integers(0, 1),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
+        texts=st.sampled_from([1, 1, 1, 2, 3, 6]),
     )
-    def submit(self, prompt, max_tokens, pooling, poison, tenant, like, priority):
+    def submit(self, prompt, max_tokens, pooling, poison, tenant, like, priority, texts):
         prompt = min(prompt, self.room - min(max_tokens, 1))
         max_tokens = min(max_tokens, self.room - prompt)
         if prompt < 1:
             return
-        id = f"s{len(self.sequences)}"
-        first = 100 + (len(self.sequences) + 2 if like is None else like) * 50
-        sequence = Sequence(
-            id,
-            list(range(first, first + prompt)),
-            max_tokens=max_tokens,
-            stop_ids=frozenset({EOS}),
-            sampling=Sampling(pooling=pooling),
-            tenant=tenant,
-            priority=priority,
-        )
-        self.sequences[id] = sequence
-        self.emitted[id] = []
+        number = len(self.sequences)
+        first = 100 + (number + 2 if like is None else like) * 50
+        sequences = [
+            Sequence(
+                f"s{number + index}",
+                list(range(first, first + prompt)),
+                max_tokens=max_tokens,
+                stop_ids=frozenset({EOS}),
+                sampling=Sampling(seed=index, pooling=pooling),
+                tenant=tenant,
+                priority=priority,
+            )
+            for index in range(texts if max_tokens and pooling is None else 1)
+        ]
+        for sequence in sequences:
+            self.sequences[sequence.id] = sequence
+            self.emitted[sequence.id] = []
         if poison is not None and len(self.poison) < 2:
-            self.poison[id] = poison
-        self.batcher.submit(sequence)
+            self.poison[sequences[-1].id] = poison
+        self.batcher.submit(*sequences)
 
     @rule()
     def plan(self):
@@ -165,6 +177,7 @@ class Histories(RuleBasedStateMachine):
         assert 0 < work.tokens == len(plan.decodes) + sum(row.length for row in plan.rows) + verified
         if self.policy in ("fair", "chunked"):
             assert work.tokens <= limits.max_batch_tokens
+        self.check_that_nothing_shared_is_written(plan)
         slots = slots_of(plan)
         assert len(set(slots)) == len(slots) <= limits.max_running
         # The device runs steps in order, so what it samples is known here; the batcher hears of it later.
@@ -174,6 +187,18 @@ class Histories(RuleBasedStateMachine):
         )
         fails = any(result is None for _, result, _ in self.in_flight) or poisonous
         self.in_flight.append((plan, None if fails else self.worker.run(plan, self.sample), poisonous))
+
+    def check_that_nothing_shared_is_written(self, plan):
+        draft, size = self.batcher.draft_of(plan), self.batcher.pool.block_size
+        written = [(sequence, sequence.computed - 1, sequence.computed) for sequence in draft.decoders]
+        written += [
+            (sequence, row.start, row.start + row.length)
+            for (sequence, _), row in zip(draft.owners, draft.rows, strict=True)
+        ]
+        holders = Counter(block for sequence in self.batcher.running.values() for block in sequence.blocks)
+        for sequence, start, end in written:
+            assert all(holders[block] == 1 for block in sequence.blocks[start // size : -(-end // size)])
+        assert all(holders[target] == 1 for _, target in plan.copies)
 
     def fail(self, *, lost):
         """The step whose result is due failed; the one at fault is given up the second time it is caught alone."""
@@ -288,7 +313,7 @@ class Histories(RuleBasedStateMachine):
         for id, sequence in self.sequences.items():
             kv = sequence.tokens[: sequence.prompt_len]
             for token in self.emitted[id]:
-                assert token == self.sample(kv)
+                assert token == self.sample(kv, sequence.sampling.seed)
                 kv.append(token)
             assert sequence.output == self.emitted[id]
 

@@ -90,8 +90,17 @@ class Sequences:
         output = backend.attend(0, query, key, value, batch, self.history.attributes)
         return list(output.split([ends[row] - starts[row] for row in rows]))
 
-    def replay(self, backend: AttentionBackend) -> list[Tensor]:
-        """The whole history, step by step; each row's output, [length, query_heads, value_dim]."""
+    def move(self, backend: AttentionBackend) -> None:
+        """Copy every row's blocks, each to where the next one was, the last to one that belongs to no row."""
+        sources = torch.cat(self.table)
+        spare = next(block for block in range(self.history.num_blocks) if block not in sources)
+        targets = torch.cat([sources[1:], torch.tensor([spare], dtype=torch.int32)])
+        backend.copy(*(blocks.long().to(backend.device) for blocks in (sources, targets)))
+        self.table = list(targets.split([len(table) for table in self.table]))
+
+    def replay(self, backend: AttentionBackend, *, moving: bool = False) -> list[Tensor]:
+        """The whole history, step by step; each row's output, [length, query_heads, value_dim]. ``moving``: to other blocks
+        between the steps."""
         rows = len(self.history.lengths)
         outputs: list[list[Tensor]] = [[] for _ in range(rows)]
         starts = [0] * rows
@@ -101,6 +110,8 @@ class Sequences:
             for row, output in zip(present, self.attend(backend, starts, ends, present), strict=True):
                 outputs[row].append(output)
             starts = ends
+            if moving:
+                self.move(backend)
         return [torch.cat(output) for output in outputs]
 
 

@@ -34,6 +34,15 @@ def test_every_step_of_a_growing_history_equals_the_reference(history):
         torch.testing.assert_close(output, reference, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", [CpuAttention, ReferenceAttention])
+@settings(max_examples=20, deadline=None)
+@given(histories())
+def test_copied_blocks_hold_what_those_held_that_they_were_copied_from(backend, history):
+    stayed = Sequences(history).replay(fresh(backend, history))
+    moved = Sequences(history).replay(fresh(backend, history), moving=True)
+    assert all(map(torch.equal, moved, stayed))
+
+
 @settings(max_examples=60, deadline=None)
 @given(histories())
 def test_a_row_gets_the_same_bits_alone_and_in_one_prefill(history):

@@ -18,7 +18,7 @@ def test_a_growing_history_equals_the_reference(window, heads):
     history = History(shape, 256, chunks, Attributes(0.125, sliding_window=window), seed=11)
     sequences = Sequences(history)
     attention = CudaAttention([shape], history.num_blocks, 256, torch.bfloat16, torch.device("cuda"))
-    outputs = sequences.replay(attention)
+    outputs = sequences.replay(attention, moving=True)
     expected = sequences.replay(fresh(ReferenceAttention, history))
     for output, reference in zip(outputs, expected, strict=True):
         torch.testing.assert_close(output.float().cpu(), reference, atol=3e-2, rtol=3e-2)
