@@ -191,7 +191,9 @@ async def _drain(running: service.Service, told: asyncio.Semaphore) -> None:
 @click.option("--frequency-penalty", type=float)
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True)
-@click.option("--n", type=int, help="So many answers, told when all have ended, with a line of three dashes between them.")
+@click.option(
+    "--n", type=int, help="So many answers, told when all have ended, with a line of three dashes between them."
+)
 @click.option("--best-of", type=int, help="Generate so many, and tell the likeliest.")
 @click.option(
     "--logprobs", type=int, metavar="K", help="With --json: each token's log probability and the K likeliest."

@@ -15,7 +15,7 @@ from protocol.request import Request
 from scheduler.chat import Chat
 from scheduler.choice import Choice, sequence_id
 from scheduler.core.sequence import FinishReason, Sequence
-from scheduler.journal.entry import Entry, Piece, Token, token_id
+from scheduler.journal.entry import Entry, Piece, Token
 from scheduler.logprobs import prompt_logprobs
 from scheduler.sampling import check_sampling, sampling_of, seed_of, stop_ids_of
 
@@ -75,7 +75,7 @@ class Part(NamedTuple):
 
 @dataclass(slots=True)
 class Generation:
-    """Text comes in token by token and goes out in pieces, numbered over all choices; times are on the engine's clock, in seconds.
+    """Text comes in token by token and goes out in pieces, numbered over all choices; times are in seconds on the engine's clock.
 
     A piece is journalled as the tokens that made it, then published as a chunk if the request streams: after a crash the
     same tokens make the same pieces under the same numbers.

@@ -52,9 +52,10 @@ class StepReport:
     """What one iteration did. ``seconds`` is the worker's own time, ``gap_s`` the rest of the time since the result before, or
     since there was work; it is negative when that result was read late. ``waited_s``: how long the worker had waited for the plan
     while there was work. ``prefill_tokens`` were computed; ``starts`` says how many tokens the prefix cache spared those who ran
-    for the first time; in all, ``forked_tokens`` of prompts were had from siblings. ``accepted``: drafts of each verification that drafted any. ``scored`` are those of the events' tokens
-    that were to be, ``prompts`` prompt tokens from a position on, both by sequence. ``ok`` is false for a step that failed.
-    ``plan_s``: how long it took to plan. ``charges``: service units that tenants were charged since the report before.
+    for the first time; in all, ``forked_tokens`` of prompts were had from siblings. ``accepted``: drafts of each verification
+    that drafted any. ``scored`` are those of the events' tokens that were to be, ``prompts`` prompt tokens from a position on,
+    both by sequence. ``ok`` is false for a step that failed. ``plan_s``: how long it took to plan. ``charges``: service units
+    that tenants were charged since the report before.
     """
 
     step: int

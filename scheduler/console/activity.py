@@ -31,7 +31,7 @@ class _Tenant:
 
 @dataclass(slots=True)
 class _Request:
-    """``sequences``: the ids of those that generate its choices. ``stage`` began at ``since``; ``past`` are the phases before it."""
+    """``sequences``: the ids of those that generate its choices. ``stage`` began at ``since``; ``past``: the phases before it."""
 
     tenant: _Tenant
     request_id: str
@@ -160,7 +160,8 @@ class Activity:
         preempted = [
             (id, request)
             for id, request in self._running.items()
-            if any(id in batcher for id in request.sequences) and not any(id in batcher.running for id in request.sequences)
+            if any(id in batcher for id in request.sequences)
+            and not any(id in batcher.running for id in request.sequences)
         ]
         for id, request in preempted:
             self._enter(id, request, "preempted", at)

@@ -19,8 +19,8 @@ def token_id(token: Token) -> int:
 
 
 class Piece(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Generated tokens of one choice, at least one, that are journalled together. ``finish``: why its sequence ended with the last
-    of them, if it did; that a stop string ended it the tokens say."""
+    """Generated tokens of one choice, at least one, that are journalled together. ``finish``: why its sequence ended with the
+    last of them, if it did; that a stop string ended it the tokens say."""
 
     tokens: list[Token]
     choice: int = 0

@@ -60,8 +60,8 @@ class Delivery:
         self._start(self._publish(listener, payload), name=f"publish to {listener.topic}")
 
     def finish(self, entry: Entry, reply: Terminal, last: Collection[Chunk] = ()) -> asyncio.Task[None]:
-        """Journal the terminal message, tell every listener, the ``last`` chunks first, close the entry: the task is done when the
-        broker has it."""
+        """Journal the terminal message, tell every listener, the ``last`` chunks first, close the entry: the task is done when
+        the broker has it."""
         payload = replies.encode(reply)
         written = self._journal.end(entry.id, payload)  # queued now: whoever looks the id up from here on finds it
         return self._start(self._finish(entry, payload, written, last), name=f"finish {entry.id}")

@@ -201,7 +201,7 @@ class Egress:
         pieces = [(generation, *piece) for generation in generations for piece in generation.cut()]
         if not pieces:
             return
-        lost = await self._journal.progress([(generation.entry.id, *piece) for generation, *piece in pieces])
+        lost = await self._journal.progress([(each.entry.id, number, piece) for each, number, piece in pieces])
         for id in lost:
             self.drop(id)
         for generation, number, _ in pieces:
@@ -228,11 +228,13 @@ class Egress:
         for event in report.events:
             id, index = request_of(event.id)
             generation = self._generations.get(id)
-            if generation is not None and event.token == NO_TOKEN:
+            if generation is None or generation.choices[index].reason is not None:
+                continue  # it came before the engine heard of the end
+            if event.token == NO_TOKEN:
                 self._fail(generation, lost_structure(generation.entry.request))
-            elif generation is not None:
-                choice = generation.choices[index]
-                self._take_token(generation, choice, report.scored.get(event.id, event.token), event.finish, report.at)
+                continue
+            token = report.scored.get(event.id, event.token)
+            self._take_token(generation, generation.choices[index], token, event.finish, report.at)
         for failure in report.given_up:
             generation = self._generations.get(request_of(failure.id)[0])
             if generation is not None:

@@ -112,9 +112,7 @@ async def test_lost_tool_calls_come_with_the_result(serve: Serve, client: Client
             told = {"text": "", "calls": [calls[number]], "calls_before": number}
             data = piece(request_id=call.id, reason=None, first=not number, **told, **common)
             await call.say(Chunk(call.id, number, data))
-        whole = answer(
-            request_id=call.id, answers=[Answer("", "tool_calls", calls)], usage=Usage(1, 2, 3), **common
-        )
+        whole = answer(request_id=call.id, answers=[Answer("", "tool_calls", calls)], usage=Usage(1, 2, 3), **common)
         await call.say(Result(call.id, whole, Timings(0.0, 0.1, 0.2), 3))
 
     serve(lossy)

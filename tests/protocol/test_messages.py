@@ -245,9 +245,7 @@ def test_openai_models_parse_log_probabilities():
     whole = {"answers": answers, "usage": USAGE, "prompt_logprobs": PROMPT_LOGPROBS}
     bodies = {
         ChatCompletion: openai.answer(chat=True, **whole, **common),
-        ChatCompletionChunk: openai.piece(
-            chat=True, reason=None, first=True, text="hi", logprobs=LOGPROBS, **common
-        ),
+        ChatCompletionChunk: openai.piece(chat=True, reason=None, first=True, text="hi", logprobs=LOGPROBS, **common),
         Completion: openai.answer(chat=False, **whole, **common),
     }
     parsed = {

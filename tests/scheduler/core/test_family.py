@@ -94,7 +94,9 @@ def test_the_prompt_is_given_up_where_others_need_the_room():
     family(batcher, 3, prompt=9, max_tokens=4)
     first = step(batcher)
     batcher.submit(sequence("b/1", 16, 8))
-    assert prefilled(first, *finish(batcher)) == 16 + 9 + 9 + 1, "b's turn came after the first text, and it needed all the blocks"
+    assert prefilled(first, *finish(batcher)) == 16 + 9 + 9 + 1, (
+        "b's turn came after the first text, and it needed all the blocks"
+    )
 
 
 def test_others_of_the_tenant_wait_behind_the_texts_of_an_earlier_request():
