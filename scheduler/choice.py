@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Choice:
-    """What it says follows from its text alone, tool calls included. ``reason``: why it has ended, if it has; ``logprob``: the sum
-    of its tokens' log probabilities, where they are scored. ``output``: the tokens that an earlier process generated.
+    """What it says follows from its text alone, tool calls included. ``reason``: why it has ended, if it has; ``logprob``: the
+    sum of its tokens' log probabilities, where they are scored. ``output``: the tokens that an earlier process generated.
 
-    ``cut_at``: the text's length at the end of the newest piece; ``is_begun``: there is one; ``is_closed``: it is the last. A piece
-    tells the scores of the tokens that begin in it, so nothing of a stop string.
+    ``cut_at``: the text's length at the end of the newest piece; ``is_begun``: there is one; ``is_closed``: it is the last. A
+    piece tells the scores of the tokens that begin in it, so nothing of a stop string.
     """
 
     request: Request
@@ -114,7 +114,7 @@ class Choice:
         return "tool_calls" if said.calls and self.reason == "stop" else self.reason
 
     def logprobs(self, start: int, end: int, *, last: bool) -> TokenLogprobs | None:
-        """Of the tokens that begin in this part of the text; of the ``last`` part, at its end too, unless a stop string ends it."""
+        """Of the tokens that begin in this part of the text; of the ``last`` one at its end too, unless a stop string ends it."""
         if self.request.num_logprobs is None:
             return None
         return self.scored.between(start, None if last and not self.stops.stopped else end, self.tokenizer)

@@ -137,8 +137,8 @@ class JournalConfig(Section, frozen=True):
 
 
 class LimitsConfig(Section, frozen=True):
-    """``outstanding``: accepted requests that haven't ended, in all, and the ``prompt_tokens`` they may hold in memory. ``choices``:
-    how many answers one request may ask for.
+    """``outstanding``: accepted requests that haven't ended, in all, and the ``prompt_tokens`` they may hold in memory.
+    ``choices``: how many answers one request may ask for.
 
     The others are the limits of each tenant whose own section doesn't say otherwise; absent: none.
     """

@@ -180,16 +180,7 @@ class Batch:
 
     def admit(self, sequence: Sequence, tokens: int | None = None) -> None:
         """Give a waiting sequence a slot, and blocks for ``tokens``, by default those it has. Raises OutOfBlocks."""
-        shared = self.pool.shared(sequence)
-        if shared is not None:
-            self.pool.fork(sequence, shared)
-        elif sequence.family is not None:
-            self._lead(sequence, sequence.family)
-        forked = sequence.computed
-        self.pool.reuse(sequence)
-        self.counters.cached_tokens += sequence.computed - forked
-        self.counters.forked_tokens += forked
-        edge = None if shared is None else self.pool.edge(sequence)
+        edge = self._take_over(sequence)
         needed = self.pool.blocks_for(len(sequence.tokens) if tokens is None else tokens)
         self.pool.grow(sequence, needed - len(sequence.blocks))
         if edge is not None:
@@ -360,6 +351,19 @@ class Batch:
         if samples:
             draft.samplers.append(sequence)
             sequence.unseen += 1
+
+    def _take_over(self, sequence: Sequence) -> int | None:
+        """Give it the blocks there are of its beginning; returns the one that holds what its prompt lacks then, to be copied."""
+        shared = self.pool.shared(sequence)
+        if shared is not None:
+            self.pool.fork(sequence, shared)
+        elif sequence.family is not None:
+            self._lead(sequence, sequence.family)
+        forked = sequence.computed
+        self.pool.reuse(sequence)
+        self.counters.cached_tokens += sequence.computed - forked
+        self.counters.forked_tokens += forked
+        return None if shared is None else self.pool.edge(sequence)
 
     def _lead(self, sequence: Sequence, family: Family) -> None:
         """It computes the prompt; its siblings that wait do so for that."""

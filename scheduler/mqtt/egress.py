@@ -205,7 +205,7 @@ class Egress:
         pieces = [(generation, *piece) for generation in dirty.values() for piece in generation.cut()]
         if not pieces:
             return
-        lost = await self._journal.progress([(generation.entry.id, *piece) for generation, *piece in pieces])
+        lost = await self._journal.progress([(each.entry.id, number, piece) for each, number, piece in pieces])
         for id in lost:
             self.drop(id)
         for generation, number, _ in pieces:

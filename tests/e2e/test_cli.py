@@ -63,6 +63,8 @@ async def test_serve_submit_and_stop(tmp_path):
         assert code == 0
         told = json.loads(body)["data"]["choices"][0]["logprobs"]["content"]
         assert [len(token["top_logprobs"]) for token in told] == [2] * 8
+        code, several, _ = await run("submit", *common, "--n", "2", "What is the capital of France?")
+        assert (code, several) == (0, f"{out}---\n{out}"), "greedy, so they are equal"
         code, _, err = await run("submit", *common, "--presence-penalty", "3", "Hello")
         assert (code, err) == (1, "Error: presence_penalty: Expected `float` <= 2.0\n")
         code, _, err = await run("submit", *common, "--priority", "101", "Hello")
@@ -79,7 +81,7 @@ async def test_serve_submit_and_stop(tmp_path):
     expired = [line for line in ended if 'outcome="expired"' in line]
     assert len(expired) == 1
     ended = [line for line in ended if line not in expired]
-    assert len(ended) == 4
+    assert len(ended) == 5
     assert all("outcome=" in line and "ttft_s=" in line and "Paris" not in line for line in ended)
 
 

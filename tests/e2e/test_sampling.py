@@ -1,15 +1,20 @@
 """Sampling parameters over a real broker to a real model, every request of the batch with another mix."""
 
 import asyncio
+import urllib.request
+from collections import Counter
+from statistics import fmean
 
 import msgspec
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from protocol.client import Client
+from protocol.client import Client, RequestCancelled
 from protocol.errors import RequestError
 from protocol.request import Message, Request
+from scheduler.sampling import seed_of
+from tests.faults.service import totals
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
@@ -91,3 +96,70 @@ async def test_a_token_that_the_model_has_not_is_refused_and_its_neighbour_is_se
     assert good.usage.completion_tokens == 2
     assert isinstance(bad, RequestError)
     assert (bad.code, bad.body.param) == ("invalid_request", "logit_bias")
+
+
+async def test_eight_answers_are_told_apart_and_their_prompt_is_computed_once(running):
+    def scrape() -> Counter[str]:
+        with urllib.request.urlopen(running.metrics_url, timeout=10) as answer:
+            return Counter(totals(answer.read().decode()))
+
+    story = "Once upon a time there was a lighthouse keeper who counted the waves. " * 8
+    request = Request(messages=[Message("user", story)], n=8, temperature=1.0, seed=5, max_tokens=8, stream=True)
+    async with Client(running.broker_url, tenant="eight") as client:
+        before = await asyncio.to_thread(scrape)
+        stream = client.stream(request, model="smollm2")
+        chunks = [chunk async for chunk in stream]
+        grown = await asyncio.to_thread(scrape)
+        grown.subtract(before)
+        alone = [
+            await client.complete(msgspec.structs.replace(request, n=1, seed=seed), model="smollm2")
+            for seed in (5, seed_of(5, 3))
+        ]
+    usage = stream.result.usage
+    assert grown['tokenbus_computed_tokens_total{kind="prefill"}'] == usage.prompt_tokens + 7
+    assert grown["tokenbus_forked_prompt_tokens_total"] == 7 * (usage.prompt_tokens - 1)
+    assert grown['tokenbus_tokens_total{kind="prompt"}'] == usage.prompt_tokens
+    assert grown['tokenbus_tokens_total{kind="generated"}'] == usage.completion_tokens
+    assert grown["tokenbus_service_units_total"] == usage.prompt_tokens + 2 * usage.completion_tokens
+    assert grown["tokenbus_time_to_first_token_seconds_count"] == 1
+    assert grown["tokenbus_inter_token_latency_seconds_count"] == usage.completion_tokens - 8
+    whole = ChatCompletion.model_validate_json(msgspec.json.encode(stream.result.data), strict=True)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == list(range(8))
+    assert len(set(texts)) == 8
+    streamed, reasons = [""] * 8, {}
+    for chunk in chunks:
+        (choice,) = ChatCompletionChunk.model_validate_json(msgspec.json.encode(chunk.data), strict=True).choices
+        streamed[choice.index] += choice.delta.content
+        reasons[choice.index] = choice.finish_reason
+    assert streamed == texts
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert [result.text for result in alone] == [texts[0], texts[3]]
+
+
+async def test_the_best_of_several_are_the_likeliest(running):
+    all_of_them = Request(prompt=COUNT, n=4, temperature=1.2, seed=3, max_tokens=6, ignore_eos=True, logprobs=0)
+    best = msgspec.structs.replace(all_of_them, n=2, best_of=4, logprobs=None)
+    async with Client(running.broker_url, tenant="alice") as client:
+        whole, told = [await client.complete(request, model="smollm2") for request in (all_of_them, best)]
+    assert len({choice.text for choice in whole.data.choices}) > 1
+    ranked = sorted(whole.data.choices, key=lambda choice: -fmean(choice.logprobs.token_logprobs))
+    parsed = Completion.model_validate_json(msgspec.json.encode(told.data), strict=True)
+    assert [choice.text for choice in parsed.choices] == [choice.text for choice in ranked[:2]]
+    assert [(choice.index, choice.logprobs) for choice in parsed.choices] == [(0, None), (1, None)]
+    assert told.usage.completion_tokens == 4 * 6
+
+
+async def test_more_answers_than_the_service_allows_are_refused_and_a_cancel_ends_them_all(running):
+    endless = Request(prompt=COUNT, n=16, max_tokens=400, ignore_eos=True, stream=True)
+    async with Client(running.broker_url, tenant="alice") as client:
+        with pytest.raises(RequestError, match="at most 16 here") as refused:
+            await client.complete(msgspec.structs.replace(endless, n=17), model="smollm2")
+        assert (refused.value.code, refused.value.body.param) == ("invalid_request", "n")
+        with pytest.raises(RequestCancelled) as cancelled:
+            async for chunk in client.stream(endless, model="smollm2", request_id="endless"):
+                if chunk.index == 3:
+                    await client.cancel("endless")
+    assert cancelled.value.completion_tokens >= 4
+    assert len(running.engine.batcher) == 0
+    assert running.engine.batcher.pool.num_free == running.engine.batcher.pool.num_blocks

@@ -38,6 +38,17 @@ async def test_an_answer_is_of_its_schema_piece_by_piece(running):
     jsonschema.validate(json.loads(text), SCHEMA)
 
 
+async def test_each_of_several_answers_is_of_the_schema(running):
+    format = JsonSchemaFormat(NamedSchema("city", SCHEMA))
+    request = Request(messages=ASKED, response_format=format, max_tokens=80, temperature=1.0, seed=1, n=4)
+    async with Client(running.broker_url, tenant="alice") as client:
+        result = await client.complete(request, model="smollm2")
+    texts = [choice.text for choice in result.data.choices]
+    assert len(set(texts)) > 1
+    for text in texts:
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
 async def test_scores_of_a_bound_answer_are_the_model_s_own(running):
     fields = {"structured_outputs": StructuredOutputs(choice=["Zebra"]), "logprobs": True, "top_logprobs": 1}
     async with Client(running.broker_url, tenant="alice") as client:

@@ -1,7 +1,8 @@
-"""Requests of every length and temperature, and asking them."""
+"""Requests of every length and temperature, some for several texts, and asking them."""
 
 import asyncio
 import random
+from collections import defaultdict
 from collections.abc import Callable
 
 from protocol.client import Client
@@ -19,9 +20,15 @@ def requests(count: int, *, shortest: int = 40, longest: int = 400) -> dict[str,
             seed=number,
             ignore_eos=True,
             stream=True,
+            n=3 if number % 10 == 9 else 1,
         )
         for number in range(count)
     }
+
+
+def told(result: Result) -> dict[int, str]:
+    """The texts of its choices."""
+    return {choice.index: choice.text for choice in result.data.choices}
 
 
 async def ask(
@@ -35,14 +42,15 @@ async def ask(
 
     async def one(client: Client, id: str, request: Request) -> Result:
         stream = client.stream(request, model="tiny", request_id=prefix + id)
-        text, numbers = "", []
+        texts: defaultdict[int, str] = defaultdict(str)
+        numbers = []
         async for chunk in stream:
-            text += chunk.text
+            texts[chunk.index] += chunk.text
             numbers.append(chunk.seq)
             if on_chunk is not None:
                 on_chunk()
         assert numbers == list(range(len(numbers)))
-        assert text == stream.result.text
+        assert texts == told(stream.result)
         return stream.result
 
     tasks = {}

@@ -200,10 +200,11 @@ class Ear:
     def terminal(self, id: str) -> list[Reply]:
         return [reply for reply in self.heard[id] if isinstance(reply, TERMINAL)]
 
-    def pieces(self, id: str) -> dict[int, str]:
+    def pieces(self, id: str) -> dict[int, Chunk]:
         """Chunks by number: one that came twice must have been the same."""
-        pieces: dict[int, str] = {}
+        pieces: dict[int, Chunk] = {}
         for reply in self.heard[id]:
             if isinstance(reply, Chunk):
-                assert pieces.setdefault(reply.seq, reply.text) == reply.text
+                first = pieces.setdefault(reply.seq, reply)
+                assert (first.index, first.text) == (reply.index, reply.text)
         return pieces

@@ -8,7 +8,7 @@ import signal
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import click
@@ -19,7 +19,7 @@ from protocol.client import Client, RequestCancelled
 from protocol.errors import RequestError
 from protocol.request import Request
 from scheduler.mqtt.broker import EmbeddedBroker
-from tests.faults.load import ask, requests
+from tests.faults.load import ask, requests, told
 from tests.faults.service import ServiceProcess
 from tests.workers.models import servable
 
@@ -64,7 +64,7 @@ class Soak:
             clients = [Client(self.broker.url, tenant=name, accept_timeout_s=120) for name in TENANTS]
             for client in clients:
                 await client.__aenter__()
-            self.expected = {id: result.text for id, result in (await ask(clients, self.pool, "reference-")).items()}
+            self.expected = {id: told(result) for id, result in (await ask(clients, self.pool, "reference-")).items()}
             self.begun = time.monotonic()
             watching = group.create_task(self._watch_memory(), name="memory")
             asking = [
@@ -102,10 +102,11 @@ class Soak:
         kind = draw.choices(("whole", "cancelled", "invalid"), (85, 12, 3))[0]
         id = draw.choice(list(self.pool))
         stream = client.stream(INVALID if kind == "invalid" else self.pool[id], model="tiny")
-        text, left = "", draw.randint(1, 4)
+        texts: defaultdict[int, str] = defaultdict(str)
+        left = draw.randint(1, 4)
         try:
             async for chunk in stream:
-                text += chunk.text
+                texts[chunk.index] += chunk.text
                 left -= 1
                 if kind == "cancelled" and left == 0:
                     await client.cancel(stream.request_id)
@@ -113,7 +114,7 @@ class Soak:
             return "cancelled"
         except RequestError as error:
             return error.code
-        self.wrong += text != self.expected[id] or text != stream.result.text
+        self.wrong += texts != self.expected[id] or texts != told(stream.result)
         return stream.result.finish_reason
 
     async def _break_things(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 from protocol.client import Client
 from protocol.request import Request
 from scheduler.mqtt.broker import EmbeddedBroker
-from tests.faults.load import ask, requests
+from tests.faults.load import ask, requests, told
 from tests.faults.service import ServiceProcess
 from tests.security.conftest import Broker, make_broker, running_mosquitto
 
@@ -44,7 +44,7 @@ async def test_no_accepted_request_is_lost_and_generation_goes_on(tmp_path, mode
     begun = asyncio.Event()
     with running_mosquitto(shipped) as broker:
         async with service_on(shipped, tmp_path, model) as service, tenant(shipped) as client:
-            expected = {id: result.text for id, result in (await ask([client], asked, "reference-")).items()}
+            expected = {id: told(result) for id, result in (await ask([client], asked, "reference-")).items()}
             asking = asyncio.create_task(ask([client], asked, on_chunk=begun.set), name="asking")
             await begun.wait()
             assert await generated_while(service, broker, how) > 0
@@ -56,7 +56,7 @@ async def test_no_accepted_request_is_lost_and_generation_goes_on(tmp_path, mode
                 await service.settled()
                 assert await service.stop(signal.SIGTERM) == 0
                 assert service.rows() == {2: 2 * len(asked)}
-    assert {id: result.text for id, result in results.items()} == expected
+    assert {id: told(result) for id, result in results.items()} == expected
 
 
 async def generated_while(service: ServiceProcess, broker: subprocess.Popen[bytes], how: signal.Signals) -> float:

@@ -19,7 +19,7 @@ from protocol.errors import RequestError
 from protocol.replies import Failed, Result
 from protocol.request import Request
 from protocol.transport import BrokerAddress, Transport
-from tests.faults.load import ask, requests
+from tests.faults.load import ask, requests, told
 from tests.faults.service import Ear, ServiceProcess
 
 pytestmark = pytest.mark.timeout(300)
@@ -115,7 +115,7 @@ async def test_one_is_killed_with_100_requests_in_flight_and_the_other_finishes_
         clients(broker.url) as tenants,
         Ear(broker.url, *TENANTS) as ear,
     ):
-        expected = {id: result.text for id, result in (await ask(tenants, asked, "reference-")).items()}
+        expected = {id: told(result) for id, result in (await ask(tenants, asked, "reference-")).items()}
         assert sum(await accepted(pair)) == 100
         asking = asyncio.create_task(ask(tenants, asked, on_chunk=count), name="asking")
         await begun.wait()
@@ -126,7 +126,7 @@ async def test_one_is_killed_with_100_requests_in_flight_and_the_other_finishes_
         (other,) = pair
         await other.settled()
         assert await other.stop(signal.SIGTERM) == 0
-    assert {id: result.text for id, result in results.items()} == expected
+    assert {id: told(result) for id, result in results.items()} == expected
     assert max(result.attempt for result in results.values()) == 2, "some were taken over, and only once"
     assert rows(database) == {"delivered": 200}
     for id in asked:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ from protocol.replies import Accepted, Chunk, Expired, Failed, Quarantined, Resu
 from protocol.request import Request
 from scheduler.admission import Admission, Bounds
 from scheduler.console.activity import Activity
+from scheduler.core.batcher import TokenEvent
 from scheduler.journal.entry import Entry, Listener, Piece
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.loop import Engine
@@ -28,6 +29,7 @@ from scheduler.recovery import Recovery
 from scheduler.tracing import NoTracing
 from tests.leads import Never
 from tests.scheduler.test_generation import INFO
+from tests.scheduler.test_outlook import report
 from tests.scheduler.test_text import byte_tokenizer
 
 ATTEMPTS = 3
@@ -255,6 +257,21 @@ async def test_a_suspect_for_several_texts_is_taken_out_whole_and_goes_on(path):
         assert {"a", "a#1", "a#2", "other"} in names
         (result,) = process.broker.terminal("a")
         assert [choice.text for choice in result.data.choices] == ["xxxx"] * 3
+
+
+async def test_what_comes_for_a_text_after_its_stop_string_is_dropped(path):
+    (other,) = TOKENIZER.encode("y").ids
+    asked = Request(prompt=[65, 66], max_tokens=9, stop="x", n=2)
+    await leave(path, msgspec.structs.replace(entry("a"), request=asked))
+    async with Process(path, fatal="a") as process:
+        await process.worker.reached.wait()
+        for first, second in ((LETTER, other), (LETTER, LETTER)):  # the second before the first was looked at
+            events = [TokenEvent("alice/a", first, None), TokenEvent("alice/a#1", second, None)]
+            process.engine.reports.put_nowait(replace(report(), events=events))
+        await process.settle()
+        (result,) = process.broker.terminal("a")
+        assert [choice.text for choice in result.data.choices] == ["", "y"]
+        assert result.usage.completion_tokens == 3
 
 
 async def test_a_cancel_and_a_deadline_end_all_texts_of_a_request(path):
