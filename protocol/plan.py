@@ -31,7 +31,7 @@ NGRAM = "ngram"
 class WorkerConfig(msgspec.Struct, frozen=True):
     """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``adapters``: directories
     of LoRA adapters by name, ``max_adapters`` of which are in memory at a time. ``speculation``: how it drafts, `NGRAM` or the
-    directory of a draft model, if it does.
+    directory of a draft model, if it does. ``tensor_parallel``: processes that share the model; memory is each one's.
     """
 
     model: str
@@ -49,6 +49,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     adapters: dict[str, str] = {}
     max_adapters: int = 0
     speculation: str | None = None
+    tensor_parallel: int = 1
 
 
 #: Comes instead of a token that can't be sampled: the grammar of its sequence can't be followed any further.
@@ -240,7 +241,10 @@ HEADER_BYTES = _LENGTH.size
 
 
 def frame(message: WorkerConfig | Command | Reply) -> bytes:
-    body = encode(message)
+    return frame_of(encode(message))
+
+
+def frame_of(body: bytes) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
