@@ -150,6 +150,7 @@ def _model(config: plan.WorkerConfig, device: torch.device, ranks: Ranks) -> Mod
         return load(config.model, dtype, str(device), config.max_model_len)
     # No device need hold the whole of it.
     whole = load(config.model, dtype, "cpu", config.max_model_len)
+    tensor_parallel.check(whole, ranks)
     ranks.join(device)
     return tensor_parallel.share(whole, ranks, device)
 

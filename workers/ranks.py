@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ class Ranks:
         self.count = count
         self.index = index
         self._store = store
-        self._pipes: list[BinaryIO] = []
+        self._pipes: list[IO[bytes]] = []
 
     def start(self) -> None:
         """Have the others, and end with them."""
@@ -73,9 +73,10 @@ class Ranks:
         )
 
     def leave(self, status: int) -> None:
-        """End this process at once, and so all of them."""
-        if self._store is not None:
-            self._store.unlink(missing_ok=True)
+        """End this process at once, for the others to notice; nothing of us stays behind."""
+        if self.count > 1:
+            if self.index == 0:
+                self._forget()
             os._exit(status)
 
     def _start(self, index: int) -> None:
@@ -98,9 +99,15 @@ class Ranks:
 
         def watch() -> None:
             until()
+            self._forget()
             self.leave(1)
 
         threading.Thread(target=watch, name="watch", daemon=True).start()
+
+    def _forget(self) -> None:
+        """Whoever is the last to know may have to do it: rank 0 can be killed."""
+        assert self._store is not None
+        self._store.unlink(missing_ok=True)
 
 
 def _hung_up() -> None:

@@ -93,14 +93,14 @@ def check(model: Model, ranks: Ranks) -> None:
 
 
 def share(whole: Model, ranks: Ranks, device: torch.device) -> Model:
-    """What this rank keeps of a model, whose module is cut in place and moved to the device. All ranks must do this at once.
+    """What this rank keeps of a model that passed the `check`, whose module is cut in place. All ranks must do this at once.
 
     Raises ModelRefused when the ranks together don't compute what the whole model did.
     """
-    check(whole, ranks)
     expected = selftest.expect(whole)
     cut(whole.module, ranks)
-    model = adopt(whole.module.to(device), whole.path, whole.max_model_len)
+    module: Any = whole.module
+    model = adopt(module.to(device), whole.path, whole.max_model_len)
     selftest.compare(model, selftest.expect(model), expected, "of its shares", "its tensor-parallel plan must be wrong")
     return model
 
@@ -154,7 +154,7 @@ def _by_inputs(linear: nn.Linear, ranks: Ranks) -> nn.Module:
     linear.in_features = linear.weight.shape[1]
     if ranks.index:
         # It is to be in the sum once.
-        linear.bias = None
+        linear.register_parameter("bias", None)
     return Summed(linear)
 
 

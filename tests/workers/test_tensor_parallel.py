@@ -16,6 +16,7 @@ from workers.ranks import Ranks
 from workers.tensor_parallel import check, share
 
 PLANLESS = {"gpt2", "gpt_oss"}
+_here: list[Ranks] = []
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +33,14 @@ def both(tmp_path_factory):
 
 
 def _join(indices, store: Path) -> None:
-    global _ranks
     torch.set_num_threads(1)
-    _ranks = Ranks(2, indices.get(), store)
-    _ranks.join(torch.device("cpu"))
+    _here.append(Ranks(2, indices.get(), store))
+    _here[0].join(torch.device("cpu"))
 
 
 def _call(call: tuple[Callable, ...]):
     function, *arguments = call
-    return function(_ranks, *arguments)
+    return function(_here[0], *arguments)
 
 
 def answers(ranks: Ranks | None, kind: str, draft: str | None) -> dict[str, list[int]]:
