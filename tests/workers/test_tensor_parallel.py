@@ -45,7 +45,8 @@ def _call(call: tuple[Callable, ...]):
 
 def answers(ranks: Ranks | None, kind: str, draft: str | None) -> dict[str, list[int]]:
     """Greedy and drawn, with chunks and preemptions."""
-    engine = LocalEngine(tiny(kind), ranks=ranks, running=6, budget=13, blocks=14, longest=100, draft=draft)
+    drafter = tiny(kind, num_hidden_layers=1) if draft == "model" else draft
+    engine = LocalEngine(tiny(kind), ranks=ranks, running=6, budget=13, blocks=14, longest=100, draft=drafter)
     for index, (prompt, length) in enumerate(workload(seed=5, count=8, vocab=97, longest_prompt=24, longest_output=40)):
         sampling = Sampling(temperature=1.0, seed=index, top_k=20) if index % 2 else Sampling()
         engine.submit(str(index), prompt, length, sampling)
@@ -64,7 +65,8 @@ def unlike_the_whole(ranks: Ranks) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "draft"), [*((kind, None) for kind in sorted(SERVED.keys() - PLANLESS)), ("llama", "ngram")]
+    ("kind", "draft"),
+    [*((kind, None) for kind in sorted(SERVED.keys() - PLANLESS)), ("llama", "ngram"), ("llama", "model")],
 )
 def test_two_ranks_say_what_one_process_says(both, kind, draft):
     expected = answers(None, kind, draft)
