@@ -35,6 +35,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``adapters``: directories
     of LoRA adapters by name, ``max_adapters`` of which are in memory at a time. ``speculation``: how it drafts, `NGRAM` or the
     directory of a draft model, if it does. ``batch_invariant``: nothing computed may depend, in any bit, on who shares a step.
+    ``tensor_parallel``: processes that share the model; memory is each one's.
     """
 
     model: str
@@ -53,6 +54,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     max_adapters: int = 0
     speculation: str | None = None
     batch_invariant: bool = False
+    tensor_parallel: int = 1
 
 
 #: Comes instead of a token that can't be sampled: the grammar of its sequence can't be followed any further.
@@ -250,7 +252,10 @@ HEADER_BYTES = _LENGTH.size
 
 
 def frame(message: WorkerConfig | Command | Reply) -> bytes:
-    body = encode(message)
+    return frame_of(encode(message))
+
+
+def frame_of(body: bytes) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 

@@ -48,6 +48,7 @@ class ModelConfig(Section, frozen=True):
     ``adapters``: LoRA adapters as PEFT saves them, directories by name, for requests of model ``alias:name``; ``max_adapters``
     of them are in memory, and in a step, at once.
     ``tool_parser``: the format of tool calls; absent: the one that the chat template shows.
+    ``tensor_parallel``: processes that share the model and ``threads``, each on a GPU of its own, where there are any.
     """
 
     alias: str = "smollm2"
@@ -57,6 +58,7 @@ class ModelConfig(Section, frozen=True):
     device: str = "auto"
     attention: AttentionName = "auto"
     threads: Count | None = None
+    tensor_parallel: Count = 1
     max_model_len: Count | None = None
     adapters: dict[str, str] = {}
     max_adapters: Count = 8
@@ -64,7 +66,8 @@ class ModelConfig(Section, frozen=True):
 
 
 class EngineConfig(Section, frozen=True):
-    """Sizes of a step and of the KV cache; ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold.
+    """Sizes of a step and of the KV cache; ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold, of each of
+    ``model.tensor_parallel`` processes.
 
     A worker that takes longer than ``step_timeout_s`` over a step is killed; over ``stalled_after_s``, the service isn't
     ready. A request is given up after ``attempts`` failing steps, the last of them with it alone.
@@ -266,6 +269,7 @@ class Config(Section, frozen=True):
             device=model.device,
             attention=model.attention,
             threads=model.threads,
+            tensor_parallel=model.tensor_parallel,
             block_size=engine.block_size,
             num_blocks=engine.num_blocks,
             kv_memory_mb=engine.kv_memory_mb,
@@ -334,6 +338,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{field}: must be {topics.NAME_RULE}")
     if len(set(config.tiers().values())) > _MOST_TIERS:
         raise ConfigError(f"tenants: must be of at most {_MOST_TIERS} tiers, each of which has histograms of its own")
+    _check_tensor_parallel(config.model)
     _check_broker(config.broker)
     _check_journal(config.journal)
     _check_tracing(config.tracing)
@@ -348,6 +353,15 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "console.broker_websocket_url: must look like wss://host:8084/mqtt, without a user or password"
         )
+
+
+def _check_tensor_parallel(model: ModelConfig) -> None:
+    if model.tensor_parallel == 1:
+        return
+    if model.adapters:
+        raise ConfigError("model.adapters: must be empty with model.tensor_parallel")
+    if ":" in model.device:
+        raise ConfigError("model.device: must be of no number with model.tensor_parallel, which takes the first ones")
 
 
 def _check_tracing(tracing: TracingConfig) -> None:

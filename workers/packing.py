@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 class PackedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, gate and up in one product."""
+    """``down(silu(gate(x)) * up(x))``, gate and up in one product; ``down`` stays what it is."""
 
-    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, format: torch.dtype) -> None:
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Module, format: torch.dtype) -> None:
         super().__init__()
         self.gate_up = PackedLinear(gate, format, up=up)
-        self.down = PackedLinear(down, format)
+        self.down = down
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(self.gate_up(x))
@@ -92,7 +92,7 @@ def _packed_linear(format: torch.dtype, layer: nn.Module) -> nn.Module | None:
 def _packed_mlp(format: torch.dtype, layer: nn.Module) -> nn.Module | None:
     """Whatever has a gate, an up and a down projection, and multiplies as we would."""
     gate, up, down = (getattr(layer, f"{name}_proj", None) for name in ("gate", "up", "down"))
-    if not (type(gate) is type(up) is type(down) is nn.Linear):
+    if not (type(gate) is type(up) is nn.Linear and isinstance(down, nn.Module)):
         return None
     if not _agree(layer, lambda x: down(silu(gate(x)) * up(x)), gate.in_features):
         return None

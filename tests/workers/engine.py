@@ -16,6 +16,7 @@ from scheduler.core.blocks import BlockPool
 from scheduler.core.policies import PolicyName
 from scheduler.core.sequence import Sequence
 from scheduler.core.speculation import Speculation
+from workers import tensor_parallel
 from workers.attention import choose
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
@@ -24,11 +25,15 @@ from workers.invariant import fix_shapes, one_by_one
 from workers.lora import Adapters
 from workers.model import Model, adopt
 from workers.packing import pack
+from workers.ranks import Ranks
 from workers.runner import Runner
 
 
 class LocalEngine:
-    """``draft``: ``ngram``, or a draft model; then at most ``max_draft`` tokens are drafted, in steps of less than ``cheap``."""
+    """``draft``: ``ngram``, or a draft model; then at most ``max_draft`` tokens are drafted, in steps of less than ``cheap``.
+
+    ``ranks``: of these only this one's share; all of them must be told the same.
+    """
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class LocalEngine:
         adapters: Mapping[str, Path] | None = None,
         max_adapters: int = 8,
         batch_invariant: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         def backend(model: Model):
             kind = choose(
@@ -60,6 +66,9 @@ class LocalEngine:
             return kind(model.layers, blocks, block_size, torch.float32, model.device)
 
         model = adopt(module, Path())
+        agree = None
+        if ranks is not None:
+            model, agree = tensor_parallel.share(model, ranks, model.device), tensor_parallel.agree
         loaded = Adapters(model.module, adapters or {}, max_adapters)
         pack(model.module, weights)
         if batch_invariant:
@@ -67,7 +76,7 @@ class LocalEngine:
         drafter: Drafter | None = NGram() if draft == "ngram" else None
         if isinstance(draft, PreTrainedModel):
             guessing = adopt(draft, Path())
-            drafter = DraftModel(guessing, backend(guessing))
+            drafter = DraftModel(guessing, backend(guessing), agree=agree)
         pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
         speculation = Speculation(max_draft, cheap) if drafter else None
         limits = Limits(running, budget, longest, max_adapters)
@@ -81,6 +90,7 @@ class LocalEngine:
             max_model_len=longest,
             adapters=loaded,
             drafter=drafter,
+            agree=agree,
         )
         self.outputs: dict[str, list[int]] = {}
         self.scored: dict[str, list[Scored]] = {}
