@@ -163,7 +163,7 @@ def test_a_whole_context_may_be_read(chat):
 
 @pytest.mark.parametrize(
     "request_",
-    [EmbeddingRequest(input=["a", "b"], pooling="mean"), ScoreRequest(text="b", context="a"), Request(prompt="a")],
+    [EmbeddingRequest(input=["a", "b"], pooling="mean"), ScoreRequest(text=" b", context="a"), Request(prompt="a")],
 )
 def test_the_journal_keeps_every_kind(chat, request_):
     kept = msgspec.structs.replace(entry(request_, chat), listeners=[])
