@@ -62,11 +62,11 @@ class Timing:
     gflop_per_s: float
 
 
-def random_batch(workload: Workload) -> RaggedBatch:
-    blocks = -(-workload.context_len // BLOCK_SIZE)
+def random_batch(workload: Workload, block_size: int = BLOCK_SIZE) -> RaggedBatch:
+    blocks = -(-workload.context_len // block_size)
     table = torch.randperm(workload.rows * blocks, dtype=torch.int32).view(workload.rows, blocks)
     positions = torch.arange(workload.context_len - workload.query_len, workload.context_len)
-    slots = table[:, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+    slots = table[:, positions // block_size].long() * block_size + positions % block_size
     return RaggedBatch(
         query_start=torch.arange(workload.rows + 1, dtype=torch.int32) * workload.query_len,
         context_len=torch.full((workload.rows,), workload.context_len, dtype=torch.int32),
@@ -77,16 +77,18 @@ def random_batch(workload: Workload) -> RaggedBatch:
     )
 
 
-def step_times(backend: type[AttentionBackend], batch: RaggedBatch, steps: int) -> list[float]:
+def step_times(
+    backend: type[AttentionBackend], batch: RaggedBatch, steps: int, block_size: int = BLOCK_SIZE
+) -> list[float]:
     """Milliseconds per layer of each step, sorted, over a cache whose whole contexts have been written."""
     num_blocks = batch.block_table.numel()
-    attention = backend([SMOLLM2] * LAYERS, num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+    attention = backend([SMOLLM2] * LAYERS, num_blocks, block_size, torch.float32, torch.device("cpu"))
     fill = replace(
         batch,
-        query_start=torch.arange(num_blocks + 1, dtype=torch.int32) * BLOCK_SIZE,
-        context_len=torch.full((num_blocks,), BLOCK_SIZE, dtype=torch.int32),
+        query_start=torch.arange(num_blocks + 1, dtype=torch.int32) * block_size,
+        context_len=torch.full((num_blocks,), block_size, dtype=torch.int32),
         block_table=torch.arange(num_blocks, dtype=torch.int32)[:, None],
-        cache_slots=torch.arange(num_blocks * BLOCK_SIZE),
+        cache_slots=torch.arange(num_blocks * block_size),
     )
 
     def step(of: RaggedBatch) -> float:

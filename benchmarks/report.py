@@ -2,9 +2,10 @@
 
 ``python -m benchmarks.report`` after ``tokenbus bench ladder --json > benchmarks/results/ladder.json`` and
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
-``accept.json`` is ``bench accept``, ``scrape.json`` ``bench scrape``. ``planning.json``, ``fairness.json``, ``prefix.json`` and
-``speculation.json`` are the benchmarks of those names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is
-``bench scale --trace FILE``, ``suites.json`` ``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
+``accept.json`` is ``bench accept``, ``scrape.json`` ``bench scrape``. ``planning.json``, ``fairness.json``, ``prefix.json``,
+``determinism.json``, ``blocks.json`` and ``speculation.json`` are the benchmarks of those names, the fairness one with
+``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
+``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
 ``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``.
 """
 
@@ -17,6 +18,8 @@ import msgspec
 
 from benchmarks import scale_text
 from benchmarks.accept import AcceptFigures
+from benchmarks.blocks import BlockFigures, BlocksFigures
+from benchmarks.determinism import ConditionFigures, DeterminismFigures, WayName
 from benchmarks.fairness import FairnessFigures, TenantFigures
 from benchmarks.ladder import Ladder
 from benchmarks.peers.figures import PeerFigures, PeersFigures
@@ -198,6 +201,53 @@ def speculation_table(figures: SpeculationFigures) -> str:
     return "\n".join([*lines, "", f"`{figures.speculation}`, medians of {figures.rounds} rounds in turn."])
 
 
+def blocks_table(figures: list[BlockFigures]) -> str:
+    lines = [
+        "| tokens in a block | KV slots without a token | attention of 64 decodes, ms a layer | of one | a prompt of 256, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for each in figures:
+        times = (each.decodes_ms, each.decode_ms, each.prefill_ms)
+        lines.append(f"| {each.block_size} | {each.waste:.1%} | {' | '.join(f'{ms:.3f}' for ms in times)} |")
+    return "\n".join(lines)
+
+
+_WAYS: dict[WayName, str] = {
+    "packed": "float32 on the CPU",
+    "packed-invariant": "the same, `batch_invariant`",
+    "plain": "torch's own layers",
+    "plain-invariant": "the same, `batch_invariant`",
+}
+_HAPPENED = {
+    "batch": "{} requests at once",
+    "preempted": "{} preemptions",
+    "worker killed": "`kill -9`, {} restart",
+    "service killed": "`kill -9`, {} requests resumed",
+    "prefix cache": "{} tokens found",
+    "speculation": "{} drafts accepted",
+}
+
+
+def determinism_table(figures: DeterminismFigures) -> str:
+    def cell(found: ConditionFigures) -> str:
+        tokens = found.greedy + found.sampled
+        return f"{tokens}" if found.bits is None else f"{tokens}; {found.bits} to the bit"
+
+    titles = " | ".join(_WAYS[way.way] for way in figures.ways)
+    lines = [f"| equal to alone | what happened | {titles} |", "|---|---|" + "---|" * len(figures.ways)]
+    for found in zip(*(way.conditions for way in figures.ways), strict=True):
+        first = found[0]
+        happened = _HAPPENED[first.condition].format(f"{first.happened:,}")
+        lines.append(f"| {first.condition} | {happened} | {' | '.join(map(cell, found))} |")
+    rates = " | ".join(f"{way.output_tokens_per_s:.1f}" for way in figures.ways)
+    summary = (
+        f"Of {figures.greedy} greedy and {figures.sampled} sampled requests, {figures.prompt_tokens:,} prompt and "
+        f"{figures.output_tokens:,} output tokens, how many had the same tokens, and how many the same log probabilities to the "
+        "last bit. What happened: in the first column's runs."
+    )
+    return "\n".join([*lines, f"| output tokens/s | | {rates} |", "", summary])
+
+
 def _read(name: str, kind: type[T]) -> T:
     return msgspec.json.decode((RESULTS / name).read_bytes(), type=kind)
 
@@ -236,8 +286,14 @@ PAGES: dict[str, dict[str, Text]] = {
     "docs/scheduling.md": {
         "suites": lambda: suites_table(_read("suites.json", list[SuiteFigures])),
     },
+    "docs/determinism.md": {
+        "determinism": lambda: _when_measured("determinism.json", DeterminismFigures, determinism_table),
+    },
     "docs/speculation.md": {
         "speculation": lambda: _when_measured("speculation.json", SpeculationFigures, speculation_table),
+    },
+    "docs/decisions/0015-block-size.md": {
+        "blocks": lambda: _when_measured("blocks.json", BlocksFigures, lambda figures: blocks_table(figures.sizes)),
     },
     "docs/scale.md": {
         "load": _simulated(scale_text.load_text),

@@ -34,7 +34,7 @@ NGRAM = "ngram"
 class WorkerConfig(msgspec.Struct, frozen=True):
     """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``adapters``: directories
     of LoRA adapters by name, ``max_adapters`` of which are in memory at a time. ``speculation``: how it drafts, `NGRAM` or the
-    directory of a draft model, if it does.
+    directory of a draft model, if it does. ``batch_invariant``: nothing computed may depend, in any bit, on who shares a step.
     """
 
     model: str
@@ -52,6 +52,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     adapters: dict[str, str] = {}
     max_adapters: int = 0
     speculation: str | None = None
+    batch_invariant: bool = False
 
 
 #: Comes instead of a token that can't be sampled: the grammar of its sequence can't be followed any further.

@@ -52,6 +52,7 @@ _BENCHMARKS = (
     "accept",
     "ladder",
     "attention",
+    "blocks",
     "contention",
     "structured",
     "slow_reader",
@@ -63,6 +64,7 @@ _BENCHMARKS = (
     "overhead",
     "speculation",
     "adapters",
+    "determinism",
     "scrape",
     "replicas",
 )
@@ -235,7 +237,7 @@ def demo(context: click.Context, file: Path | None, assignments: tuple[str, ...]
         raise click.ClickException("; ".join(str(error) for error in group.exceptions)) from None
 
 
-@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("name", type=click.Choice(_BENCHMARKS))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(name: str, arguments: tuple[str, ...]) -> None:

@@ -76,6 +76,9 @@ class EngineConfig(Section, frozen=True):
 
     ``speculation``: ``off``, ``ngram``, or the directory of a draft model. At most ``max_draft`` tokens are guessed at a time,
     and none in steps of ``cheap_tokens`` or more, where another token costs its full price.
+
+    ``batch_invariant``: a token's numbers never depend, in any bit, on who shares its step; a model of which that can't be proven
+    at the start is refused. On the CPU in float32 it is so anyway.
     """
 
     max_running: Count = 64
@@ -94,6 +97,7 @@ class EngineConfig(Section, frozen=True):
     speculation: Annotated[str, Meta(min_length=1)] = OFF
     max_draft: Count = 7
     cheap_tokens: Count = 16
+    batch_invariant: bool = False
 
 
 class BrokerConfig(Section, frozen=True):
@@ -271,6 +275,7 @@ class Config(Section, frozen=True):
             speculation=None if engine.speculation == OFF else engine.speculation,
             adapters=model.adapters,
             max_adapters=model.max_adapters if model.adapters else 0,
+            batch_invariant=engine.batch_invariant,
         )
 
 

@@ -17,6 +17,7 @@ from workers.attention import AttentionBackend, choose
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
 from workers.grammar import Grammars
+from workers.invariant import fix_shapes, one_by_one
 from workers.lora import AdapterRefused, Adapters
 from workers.model import Model, ModelRefused, load
 from workers.packing import pack
@@ -83,6 +84,10 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
     if pack(model.module, config.weights) != model.dtype:
         # Rounded weights have logits of their own; then both ways are asked for those.
         expected = selftest.expect(model)
+    if config.batch_invariant:
+        fix_shapes(model.module)
+        kind = one_by_one(kind)
+        selftest.check_invariant(model, kind, config.block_size, config.max_batch_tokens)
     selftest.check(model, kind, config.block_size, expected)
     models = [model] if draft is None else [model, draft]
     per_block = sum(AttentionBackend.bytes_per_block(each.layers, config.block_size, each.dtype) for each in models)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 _FILE = "adapter_model.safetensors"
@@ -108,8 +109,8 @@ class AdaptedLinear(nn.Module):
         y: Tensor = self.base(x)
         tokens = self._share.tokens
         if tokens is not None:
-            inner = (x[0, tokens] @ self.down.T) * self._share.own
-            y[0].index_add_(0, tokens, inner @ self.up)
+            inner = linear(x[0, tokens], self.down) * self._share.own
+            y[0].index_add_(0, tokens, linear(inner, self.up.T))
         return y
 
     def put(self, columns: slice, down: Tensor | None, up: Tensor | None) -> None:

@@ -15,6 +15,7 @@ from protocol.plan import WeightsName
 from workers.kernels.compiler import CompileError
 from workers.linear import PackedLinear, kernel, unsupported
 from workers.norm import RMSNorm
+from workers.packed_attention import packed_attention
 
 #: torch's own layers, in whatever the model was loaded as.
 PLAIN = "plain"
@@ -50,7 +51,7 @@ def pack(module: PreTrainedModel, weights: WeightsName) -> torch.dtype:
     format = torch.float32 if weights == "auto" else getattr(torch, weights)
     reason = _unsupported(module, format)
     if reason is None:
-        for build in (_packed_mlp, _norm, _packed_linear):
+        for build in (packed_attention, _packed_mlp, _norm, _packed_linear):
             _replace(module, partial(build, format))
         for parameter in module.parameters():
             # What is left may be a view of the weights' whole file in memory.

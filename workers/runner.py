@@ -82,17 +82,20 @@ class Runner:
         """Run one step; the copy of what was sampled is the only wait for the device."""
         begun = self._clock()
         self._admit(plan)
-        drafted = self._draft(plan)
+        drafted, ahead = self._draft(plan)
+        for admission in plan.admissions:  # compiling them comes after what the drafts need of the same thread
+            self._grammars.assign(admission)
         inputs = self._slots.inputs(plan, drafted)
         if self._drafter is not None:
             self._drafter.follow(inputs)
         if self._adapters:
             self._adapters.use(*_slots_and_lengths(plan, drafted))
         drawn = _drawn(plan, drafted, inputs)
-        mask = self._grammars.mask(_sampled(plan))
+        slots = _sampling(plan, drafted)
+        mask = self._grammars.mask(slots, ahead)
         logits = forward(self._module, self._backend, inputs, drawn)
         hidden = self._hidden.newest()
-        sampled = self._sample(plan, drafted, inputs, drawn, logits, mask) if len(drawn) else ([], {}, [])
+        sampled = self._sample(plan, drafted, slots, inputs, drawn, logits, mask) if len(drawn) else ([], {}, [])
         tokens, scored, verdicts = sampled
         pooled = self._poolings.pool(plan, hidden)
         prompts = self._score(self._scores.stretches(plan), hidden)
@@ -106,34 +109,52 @@ class Runner:
             self._sampler.assign(admission.slot, admission.sampling)
             self._scores.assign(admission)
             self._poolings.assign(admission)
-            self._grammars.assign(admission)
             if self._adapters:
                 self._adapters.assign(admission.slot, admission.adapter)
         self._slots.extend((*plan.rows, *plan.verifications))
 
-    def _draft(self, plan: StepPlan) -> list[int]:
-        """How many tokens were drafted for each verification."""
+    def _draft(self, plan: StepPlan) -> tuple[list[int], dict[int, list[int]]]:
+        """How many tokens were drafted for each verification; and, of the slots that have a grammar, those which it allows."""
         if not plan.verifications:
-            return []
+            return [], {}
         assert self._drafter is not None, "only who drafts is asked to"
-        return self._drafter.draft(self._slots, plan.verifications)
+        drafted = self._drafter.draft(self._slots, plan.verifications)
+        slots = [verification.slot for verification in plan.verifications]
+        ahead = {
+            slot: self._slots.drafts(slot, count)
+            for slot, count in zip(slots, drafted, strict=True)
+            if count and slot in self._grammars
+        }
+        if ahead:
+            ahead = self._grammars.check(ahead)
+            drafted = [len(ahead[slot]) if slot in ahead else count for slot, count in zip(slots, drafted, strict=True)]
+        return drafted, ahead
 
     def _sample(
-        self, plan: StepPlan, drafted: list[int], inputs: Inputs, drawn: Tensor, logits: Tensor, mask: Mask | None
+        self,
+        plan: StepPlan,
+        drafted: list[int],
+        slots: list[int],
+        inputs: Inputs,
+        drawn: Tensor,
+        logits: Tensor,
+        mask: Mask | None,
     ) -> tuple[list[int], dict[int, Scored], list[Verdict]]:
-        """One token after each of the tokens at ``drawn``, int64 ``[n]``, by these ``[n, V]`` logits; with those the history
-        goes on."""
-        slots = _sampled(plan)
-        plain = len(slots)
-        for verification, drafts in zip(plan.verifications, drafted, strict=True):
-            slots += [verification.slot] * (1 + drafts)
+        """One token of the ``slots`` after each of the tokens at ``drawn``, int64 ``[n]``, by these ``[n, V]`` logits; with those
+        the history goes on."""
+        plain = plan.num_sampled
         rows = self._slots.rows(slots, inputs.positions[drawn] + 1, inputs.batch.max_context_len)
         tokens = self._sampler.sample(logits if mask is None else mask.apply(logits), rows)
         self._slots.tokens[rows.index, rows.positions] = tokens.int()
         scored = self._scores.sampled(logits[:plain], slots[:plain], tokens[:plain])
         sampled, computed = torch.stack([tokens, inputs.ids[drawn]]).tolist() if drafted else (tokens.tolist(), [])
-        told = sampled[:plain] if mask is None else self._grammars.advance(mask, sampled[:plain])
-        return told, scored, self._judge(plan, drafted, sampled[plain:], computed[plain:])
+        told = sampled if mask is None else mask.told(sampled)
+        verdicts = self._judge(plan, drafted, told[plain:], computed[plain:])
+        if mask is not None:
+            verified = zip(plan.verifications, verdicts, strict=True)
+            self._grammars.advance(zip(slots[:plain], ([token] for token in told[:plain]), strict=True))
+            self._grammars.advance((verification.slot, verdict.tokens) for verification, verdict in verified)
+        return told[:plain], scored, verdicts
 
     def _score(self, stretches: list[Stretch], hidden: Tensor) -> dict[int, list[Scored]]:
         return {
@@ -153,9 +174,13 @@ class Runner:
         return verdicts
 
 
-def _sampled(plan: StepPlan) -> list[int]:
-    """The slots that sample one token, in the order in which a result tells of them."""
-    return plan.decodes + [row.slot for row in plan.rows if row.sample]
+def _sampling(plan: StepPlan, drafted: list[int]) -> list[int]:
+    """Whose each token is that is sampled: first one each, in the order in which a result tells of them, then those of each
+    verification."""
+    slots = plan.decodes + [row.slot for row in plan.rows if row.sample]
+    for verification, drafts in zip(plan.verifications, drafted, strict=True):
+        slots += [verification.slot] * (1 + drafts)
+    return slots
 
 
 def _slots_and_lengths(plan: StepPlan, drafted: list[int]) -> tuple[list[int], list[int]]:

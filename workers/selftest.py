@@ -2,7 +2,10 @@
 
 A model may hold state we don't know of, or read its attention's inputs in a way we don't honour. Rather than keep a list
 of such models, three sequences are computed in chunks that mix prefill with decode, over blocks out of order, and compared.
+Where batches are to make no difference at all, they are computed in several more ways, and compared bit for bit.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +18,8 @@ from workers.runner import forward
 from workers.slots import Slots
 
 #: How each sequence is cut into steps; a 0 sits a step out.
-_CHUNKS = ((10, 1, 7, 1, 4), (0, 9, 1, 1, 1), (3, 0, 8, 5, 1))
+Chunks = Sequence[Sequence[int]]
+_CHUNKS: Chunks = ((10, 1, 7, 1, 4), (0, 9, 1, 1, 1), (3, 0, 8, 5, 1))
 
 #: Norm of the difference over the norm of the logits. Rounding alone gives about 1e-6 in float32, 1e-2 in bfloat16.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -34,7 +38,7 @@ def expect(model: Model) -> list[Tensor]:
 @torch.inference_mode()
 def check(model: Model, backend: type[AttentionBackend], block_size: int, expected: list[Tensor]) -> None:
     """Raises ModelRefused with the size of the difference when the two ways disagree."""
-    ragged = _ragged(model, backend, block_size, _prompts(model))
+    ragged = _ragged(model, backend, block_size, _prompts(model), _CHUNKS)
     error = max(float((ours - plain).norm() / plain.norm()) for ours, plain in zip(ragged, expected, strict=True))
     if not error <= _TOLERANCE[model.dtype]:
         raise ModelRefused(
@@ -43,15 +47,47 @@ def check(model: Model, backend: type[AttentionBackend], block_size: int, expect
         )
 
 
-def _prompts(model: Model) -> list[Tensor]:
+@torch.inference_mode()
+def check_invariant(model: Model, backend: type[AttentionBackend], block_size: int, max_batch_tokens: int) -> None:
+    """Raises ModelRefused when a token's logits depend, in any bit, on who shares its step, or on how its sequence is cut."""
+    prompts = _prompts(model, max_batch_tokens)
+
+    def ragged(prompts: list[Tensor], chunks: Chunks) -> list[Tensor]:
+        return _ragged(model, backend, block_size, prompts, chunks)
+
+    alone = [ragged([prompt], [[len(prompt)]])[0] for prompt in prompts]
+    together = ragged(prompts, [[len(prompt)] for prompt in prompts])
+    cut = ragged(prompts[: len(_CHUNKS)], _CHUNKS)
+    one_by_one = ragged(prompts[1:2], [[1] * len(prompts[1])])
+    others = zip([*alone, *alone[: len(_CHUNKS)], alone[1]], [*together, *cut, *one_by_one], strict=True)
+    differing = [(ours != theirs).any(dim=-1).float().mean() for ours, theirs in others]
+    if any(differing):
+        raise ModelRefused(
+            f"{model.module.config.model_type}: the logits of up to {max(differing):.0%} of a sequence's tokens depend on who "
+            "shares their step, if only in the last bit: it can't be served with batch_invariant"
+        )
+
+
+def _prompts(model: Model, total: int = 0) -> list[Tensor]:
+    """One for each of the `_CHUNKS`, and another one if all are to have so many tokens."""
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(0, model.vocab_size, (sum(chunks),), generator=generator) for chunks in _CHUNKS]
+    lengths = [sum(chunks) for chunks in _CHUNKS]
+    rest = min(total - sum(lengths), model.max_model_len)
+    prompts = [
+        torch.randint(0, model.vocab_size, (length,), generator=generator)
+        for length in [*lengths, *([rest] if rest > 0 else [])]
+    ]
     return [prompt.to(model.device) for prompt in prompts]
 
 
 def _ragged(
-    model: Model, backend_class: type[AttentionBackend], block_size: int, prompts: list[Tensor]
+    model: Model,
+    backend_class: type[AttentionBackend],
+    block_size: int,
+    prompts: list[Tensor],
+    chunks: Chunks,
 ) -> list[Tensor]:
+    """Logits of every token, when the prompts are cut into steps so."""
     per_sequence = -(-max(len(prompt) for prompt in prompts) // block_size)
     total = per_sequence * len(prompts)
     backend = backend_class(model.layers, total, block_size, model.dtype, model.device)
@@ -63,7 +99,7 @@ def _ragged(
         slots.extend([Row(slot, 0, 0, blocks, sample=False)])
     done = [0] * len(prompts)
     logits: list[list[Tensor]] = [[] for _ in prompts]
-    for lengths in zip(*_CHUNKS, strict=True):
+    for lengths in zip(*chunks, strict=True):
         rows = [Row(slot, done[slot], length, [], sample=True) for slot, length in enumerate(lengths) if length]
         inputs = slots.inputs(StepPlan(0, [], [], rows))
         keep = torch.arange(len(inputs.ids), device=model.device)

@@ -104,6 +104,12 @@ class Slots:
         texts = self.tokens[slots, : int(ends.max())].cpu().numpy()
         return [text[:end] for text, end in zip(texts, ends, strict=True)]
 
+    def drafts(self, slot: int, count: int) -> list[int]:
+        """On the host, so many tokens from behind the one that a decode would compute."""
+        begin = int(self._computed[slot]) + 1
+        tokens: list[int] = self.tokens[slot, begin : begin + count].tolist()
+        return tokens
+
     def write(self, slot: int, position: int, tokens: np.ndarray) -> None:
         """These tokens, int32, stand from that position on."""
         self.tokens[slot, position : position + len(tokens)] = self._to_device(tokens)

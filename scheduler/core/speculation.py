@@ -31,11 +31,10 @@ class Speculation:
             return {}
         shares = {}
         for sequence in decoding:
-            # The last token that it may have needs no computing, so it is never a draft. Who isn't told has a row first;
-            # verdicts carry no scores, and a grammar tells what may come next, not what after that.
+            # The last token that it may have needs no computing, so it is never a draft. Who isn't told has a row first,
+            # and verdicts carry no scores.
             limit = min(self.max_draft, most - tokens, sequence.end_len - 2 - sequence.computed)
-            sampling = sequence.sampling
-            may_draft = sequence.told and sampling.logprobs is None and sampling.grammar is None
+            may_draft = sequence.told and sequence.sampling.logprobs is None
             drafts = min(self._worthwhile(sequence, tokens), limit) if may_draft else 0
             if drafts > 0:
                 shares[sequence] = drafts

@@ -10,6 +10,8 @@ import msgspec
 import pytest
 
 from benchmarks import report
+from benchmarks.blocks import BlocksFigures
+from benchmarks.determinism import DeterminismFigures
 from benchmarks.fairness import FairnessFigures
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
@@ -109,9 +111,9 @@ def test_the_floor_of_decodes_looks_at_full_batches_only(files):
     alone, full = figures["batches"]
     assert alone["steps"] == 39, "all but the first token, which the prompt gives"
     assert 1 < full["steps"] <= 39
-    # Two layers, 32 wide, and the head; panels are padded and each has scales and biases.
+    # Two layers, 32 wide, and the head; panels, as wide as the machine likes them, are padded and each has scales and biases.
     weights = 4 * (2 * 32 * (32 + 16 + 16 + 32 + 3 * 48) + 32 * 97)
-    assert weights < figures["weight_bytes"] < 1.2 * weights
+    assert weights < figures["weight_bytes"] < 2 * weights
     for batch in alone, full:
         assert 0 < batch["floor_ratio"] < 1
         assert 0 < batch["bandwidth_ratio"] < 1
@@ -177,6 +179,32 @@ def test_speculation_writes_the_same_tokens_in_fewer_steps(tmp_path):
     assert [line.count("|") for line in table[:3]] == [7] * 3
 
 
+def test_larger_blocks_leave_more_empty():
+    figures = call("blocks", "--requests", "60", "--rounds", "1", "--steps", "1")
+    sizes = figures["sizes"]
+    assert [size["block_size"] for size in sizes] == [8, 16, 32, 64, 128]
+    wastes = [size["waste"] for size in sizes]
+    assert wastes == sorted(wastes)
+    assert wastes[0] > 0
+    assert report.blocks_table(msgspec.convert(figures, BlocksFigures).sizes).count("\n") == 6
+
+
+def test_determinism_finds_every_request_equal(served):
+    sizes = ("--requests", "6", "--output-tokens", "40", "--vocab", "97", "--rounds", "1", "--way", "plain-invariant")
+    figures = call(
+        "determinism", "--model", served, *sizes, "--condition", "preempted", "--condition", "service killed"
+    )
+    assert (figures["greedy"], figures["sampled"], figures["output_tokens"]) == (3, 3, 240)
+    (way,) = figures["ways"]
+    assert way["output_tokens_per_s"] > 0
+    assert [condition.pop("happened") > 0 for condition in way["conditions"]] == [True, True]
+    equal = {"greedy": 3, "sampled": 3, "bits": 6}
+    assert way["conditions"] == [{"condition": "preempted", **equal}, {"condition": "service killed", **equal}]
+    table = report.determinism_table(msgspec.convert(figures, DeterminismFigures)).splitlines()
+    assert [line.count("|") for line in table[:5]] == [4] * 5
+    assert "| 6; 6 to the bit |" in table[2]
+
+
 def test_prefix_counts_what_is_computed_and_of_whom(served):
     sizes = ("--requests", "6", "--shared-tokens", "64", "--own-tokens", "10", "--output-tokens", "4", "--vocab", "97")
     figures = bench("prefix", "--model", served, *sizes, "--rounds", "1", "--prompts", "2")
@@ -191,13 +219,7 @@ def test_prefix_counts_what_is_computed_and_of_whom(served):
 
 
 def test_scrape_counts_every_series():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scrape", "--json", "--tenants", "20", "--rounds", "1"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    figures = json.loads(done.stdout)
+    figures = call("scrape", "--tenants", "20", "--rounds", "1")
     assert figures["tenants"] == 20
     assert 300 < figures["series"] < 3000
     assert figures["bytes"] > 10 * figures["series"]

@@ -299,7 +299,12 @@ async def test_top_goes_on_until_it_is_interrupted(running: Service):
     url = running.console_url.removesuffix("/console/")
     ours, its = os.openpty()
     top = await asyncio.create_subprocess_exec(
-        *TOKENBUS, "top", "--url", url, "--interval", "0.1", stdin=its, stdout=its, stderr=its
+        *(*TOKENBUS, "top", "--url", url, "--interval", "0.1"),
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        # It is ignored in what a shell without job control has in its background, as these tests may be.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(its)
     shown, interrupted = b"", False

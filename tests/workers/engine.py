@@ -20,6 +20,7 @@ from workers.attention import choose
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
 from workers.grammar import Grammars
+from workers.invariant import fix_shapes, one_by_one
 from workers.lora import Adapters
 from workers.model import Model, adopt
 from workers.packing import pack
@@ -48,16 +49,21 @@ class LocalEngine:
         cheap: int = 64,
         adapters: Mapping[str, Path] | None = None,
         max_adapters: int = 8,
+        batch_invariant: bool = False,
     ) -> None:
         def backend(model: Model):
             kind = choose(
                 attention, model.device, torch.float32, model.layers, block_size=block_size, attributes=model.attributes
             )
+            if batch_invariant:
+                kind = one_by_one(kind)
             return kind(model.layers, blocks, block_size, torch.float32, model.device)
 
         model = adopt(module, Path())
         loaded = Adapters(model.module, adapters or {}, max_adapters)
         pack(model.module, weights)
+        if batch_invariant:
+            fix_shapes(model.module)
         drafter: Drafter | None = NGram() if draft == "ngram" else None
         if isinstance(draft, PreTrainedModel):
             guessing = adopt(draft, Path())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import jsonschema
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from benchmarks.structured import read_schemas
 from protocol.chat import Function, FunctionChoice, Message, NamedTool, Tool
 from protocol.errors import BadRequest
-from protocol.plan import NO_TOKEN, Sampling
+from protocol.plan import NO_TOKEN, Admission, Sampling
 from protocol.request import Request
 from protocol.structure import StructuredOutputs
 from scheduler.structure import check_grammar, grammar_for
@@ -21,6 +22,7 @@ from tests.scheduler.test_text import byte_tokenizer
 from tests.workers.engine import LocalEngine
 from tests.workers.models import tiny
 from tests.workers.test_scores import check, reference
+from workers.grammar import Grammars
 
 TOKENIZER = byte_tokenizer()
 TOKENIZER.add_special_tokens([AddedToken("<eos>", special=True), AddedToken("<pad>", special=True)])
@@ -216,15 +218,49 @@ def test_where_bad_words_leave_nothing_its_own_sequence_ends_alone(folder, tempe
     assert text(outputs["bound"]) == "aaaaa"
 
 
-def test_a_sequence_with_a_grammar_is_not_drafted_for_and_its_neighbours_are(folder):
-    plain, drafting = engine(folder), engine(folder, draft="ngram")
+ITEMS = {"type": "array", "items": {"enum": ["one", "two", "three"]}, "minItems": 6, "maxItems": 8}
+
+
+@pytest.mark.parametrize("by", ["ngram", "model"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_change_nothing_of_what_a_grammar_allows(folder, by, temperature):
+    """Beside a row without one, among preemptions, with the next step planned before the drafts are judged."""
+    drafting = engine(
+        folder, blocks=24, longest=120, prefix_cache=True, draft="ngram" if by == "ngram" else model(), max_draft=4
+    )
+    plain = engine(folder)
     for local in (plain, drafting):
         local.submit("free", [1, 2, 3] * 6, 60)
-        submit(local, "bound", grammar(regex="(ab){20}"))
-        local.finish()
+        for seed in range(6):
+            rule = grammar(json=ITEMS) if seed % 2 else grammar(regex="(ab){20}|c{40}")
+            sampling = Sampling(temperature, seed=seed, grammar=rule)
+            local.submit(str(seed), [1, 2, 3], 90, sampling, stop=frozenset({EOS, NO_TOKEN}))
+        local.finish(ahead=2)
     assert drafting.outputs == plain.outputs
-    assert text(drafting.outputs["bound"]) == "ab" * 20
-    assert sum(accepted for accepted, _ in drafting.accepted) > 0
+    assert drafting.batcher.counters.preemptions > 0
+    assert sum(accepted for accepted, _ in drafting.accepted) > 20
+
+
+def test_a_sequence_with_a_grammar_is_drafted_for(folder):
+    local = engine(folder, draft="ngram")
+    submit(local, "bound", grammar(regex="(ab){30}"))
+    steps = 0
+    while local.step():
+        steps += 1
+    assert text(local.outputs["bound"]) == "ab" * 30
+    accepted = sum(accepted for accepted, _ in local.accepted)
+    assert accepted > 30
+    assert steps == 61 - accepted
+
+
+def test_drafts_that_the_grammar_forbids_are_not_computed(folder):
+    local = engine(folder, draft="ngram")
+    prompt = TOKENIZER.encode("abababababxabababababy").ids
+    sampling = Sampling(grammar=grammar(regex="(ab){3}c"))
+    local.submit("bound", prompt, 20, sampling, stop=frozenset({EOS, NO_TOKEN}))
+    assert text(local.finish()["bound"]) == "abababc"
+    assert local.batcher.counters.rejected_tokens == 0
+    assert sum(accepted for accepted, _ in local.accepted) > 0
 
 
 #: One token of it is too many Earley items.
@@ -239,6 +275,37 @@ def test_a_grammar_that_this_model_can_not_follow_ends_its_own_sequence_alone(fo
     outputs = local.finish()
     assert outputs["lost"][-1] == NO_TOKEN
     assert text(outputs["bound"]) == "aaaaa"
+
+
+def test_masks_are_found_while_the_forward_pass_runs(folder, monkeypatch):
+    """They come once it is over; who waited for them before that would wait in vain."""
+    computed = threading.Event()
+    look = Grammars._look
+
+    def late(self, looks):
+        assert computed.wait(20)
+        return look(self, looks)
+
+    monkeypatch.setattr(Grammars, "_look", late)
+    local = engine(folder, draft="ngram")
+    local.runner._module.register_forward_pre_hook(lambda *_: computed.clear())
+    local.runner._module.register_forward_hook(lambda *_: computed.set())
+    submit(local, "bound", grammar(regex="(ab){8}"))
+    assert text(local.finish()["bound"]) == "ab" * 8
+    assert sum(accepted for accepted, _ in local.accepted) > 0
+
+
+def test_where_looking_ahead_fails_the_text_goes_on_if_it_goes_elsewhere(folder):
+    """What may follow the draft "x" can't be found out; the model writes something else."""
+    rule = grammar(grammar=COMPLEX.replace("start: a0", 'start: "a" start | "x" a0 | "b"'))
+    a, b, x = (TOKENIZER.encode(letter).ids[0] for letter in "abx")
+    grammars = Grammars(folder, VOCAB, [EOS])
+    grammars.assign(Admission(0, [1], Sampling(grammar=rule), 1))
+    assert grammars.check({0: [a, x, b]}) == {0: [a, x]}
+    mask = grammars.mask([0, 0, 0], {0: [a, x]})
+    assert mask.told([a, b, b]) == [a, b, NO_TOKEN]
+    grammars.advance([(0, [a, b])])
+    assert grammars.mask([0], {}).told([EOS]) == [EOS]
 
 
 def test_tokens_planned_ahead_of_an_end_do_no_harm(folder):

@@ -6,13 +6,16 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.workers.engine import LocalEngine, workload
 from tests.workers.models import SERVED, generate, tiny
 from workers import packing
 from workers.linear import PackedLinear
 from workers.norm import RMSNorm
+from workers.packed_attention import PackedAttention
 from workers.packing import PackedMLP, pack
+from workers.rotary import rotate_
 
 
 def kinds(module: nn.Module) -> set[type]:
@@ -33,15 +36,47 @@ def test_no_linear_layer_is_left_and_the_logits_stay(kind):
 def test_llama_is_fused():
     model = tiny("llama")
     pack(model, "float32")
-    assert {PackedMLP, RMSNorm, PackedLinear} <= kinds(model)
+    assert {PackedAttention, PackedMLP, RMSNorm, PackedLinear} <= kinds(model)
 
 
 def test_what_only_looks_alike_is_not_fused():
-    """gemma2's gate is a GELU, and its norm adds 1 to its weight."""
+    """gemma2's gate is a GELU, and its norm adds 1 to its weight; qwen3 normalises its queries and keys."""
+    gemma, qwen = tiny("gemma2"), tiny("qwen3")
+    pack(gemma, "float32")
+    pack(qwen, "float32")
+    assert not {PackedMLP, RMSNorm} & kinds(gemma)
+    assert PackedAttention not in kinds(qwen)
+    assert PackedLinear in kinds(gemma) & kinds(qwen)
+
+
+def test_an_attention_layer_hands_on_all_that_it_did():
+    """gemma2 has a scaling of its own, a softcap, and a window in every other layer."""
     model = tiny("gemma2")
+    expected = [layer.self_attn for layer in model.model.layers]
     pack(model, "float32")
-    assert not {PackedMLP, RMSNorm} & kinds(model)
-    assert PackedLinear in kinds(model)
+    packed = [layer for layer in model.modules() if type(layer) is PackedAttention]
+    assert [layer.layer_idx for layer in packed] == [0, 1]
+    for layer, before in zip(packed, expected, strict=True):
+        assert layer._given["scaling"] == before.scaling
+        assert layer._given["softcap"] == before.attn_logit_softcapping
+        assert layer._given["sliding_window"] == before.sliding_window
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 400])
+@pytest.mark.parametrize("dim", [2, 64, 90])
+def test_heads_are_turned_as_transformers_does(tokens, dim):
+    """In place, and only the first ones."""
+    heads, width = 5, 7 * dim + 3
+    x, cos, sin = torch.randn(1, tokens, width), torch.randn(1, tokens, dim), torch.randn(1, tokens, dim)
+    before = x.clone()
+    rotate_(x, heads, cos, sin)
+    split = before[..., : heads * dim].view(1, tokens, heads, dim).transpose(1, 2)
+    expected, _ = apply_rotary_pos_emb(split, split, cos, sin)
+    torch.testing.assert_close(x[..., : heads * dim], expected.transpose(1, 2).flatten(2))
+    assert torch.equal(x[..., heads * dim :], before[..., heads * dim :])
+    for wrong in ((x.double(), heads, cos, sin), (x, 9, cos, sin), (x, heads, cos[:, 1:], sin)):
+        with pytest.raises(ValueError, match="don't fit"):
+            rotate_(*wrong)
 
 
 def test_a_norm_is_torchs_rms_norm():

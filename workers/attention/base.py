@@ -63,6 +63,8 @@ class AttentionBackend(ABC):
     """Causal attention over a paged KV cache that the backend owns and lays out as it likes."""
 
     name: ClassVar[str]
+    #: Whether a query's output is the same bits whatever else is in the batch and however its prompt was cut into chunks.
+    batch_invariant: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -48,11 +48,11 @@ class _Call(ctypes.Structure):
 class CpuAttention(AttentionBackend):
     """One cache tensor per layer, [num_blocks, kv_heads, (key_dim + value_dim) * block_size], laid out by the kernel.
 
-    A query's output is the same bits whatever else is in the batch and however its prompt was cut into chunks.
     Raises CompileError when the kernel cannot be compiled.
     """
 
     name = "cpu"
+    batch_invariant = True
 
     def allocate(self) -> None:
         self._kernel = _library(self.layers, self.block_size).paged_attention

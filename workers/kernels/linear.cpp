@@ -28,7 +28,8 @@ struct Linear {
 namespace {
 
 constexpr int COLUMNS = 2 * W;      // of a panel
-constexpr int TILE_ROWS = 6;        // 6 x 2 sums, 2 vectors of weights and one x: the 16 registers of AVX2
+// So many rows x 2 sums, 2 vectors of weights and one x: the 32 registers of AVX-512, or the 16 of AVX2.
+constexpr int TILE_ROWS = NATIVE == 16 ? 12 : 6;
 constexpr int CHUNK_ROWS = 132;     // rows of x that stay in L2 while the panels go by
 constexpr int AHEAD = 2048;         // bytes: a panel's first pass reads memory, where a page's end stops the hardware's prefetch
 constexpr int64_t ALONE = 1 << 18;  // multiply-adds that aren't worth waking other threads for
@@ -124,7 +125,7 @@ void tile_of(int64_t rows, const Linear &linear, const float *x, const char *pan
     }
 }
 
-// Part `index` of `count` as equal ones as can be: a tile of 4 rows runs at full speed, 6 and then 2 don't.
+// Part `index` of `count` as equal ones as can be: with AVX2 a tile of 4 rows runs at full speed, 6 and then 2 don't.
 struct Part {
     int64_t begin, size;
     Part(int64_t whole, int64_t count, int64_t index)

@@ -33,7 +33,8 @@ def filter_typical(logits: Tensor, typical_p: Tensor) -> Tensor:
     """
     logprobs = logits.log_softmax(dim=-1)
     probabilities = logprobs.exp()
-    entropy = -(probabilities * logprobs).nansum(dim=-1, keepdim=True)
+    # Not nansum, which sums a row in another order when it is alone.
+    entropy = -(probabilities * logprobs).nan_to_num().cumsum(dim=-1)[:, -1:]
     distance = (-logprobs - entropy).abs()
     ordered, index = distance.sort(dim=-1)
     mass = probabilities.gather(-1, index).cumsum(dim=-1)
