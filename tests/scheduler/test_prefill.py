@@ -43,7 +43,7 @@ def entry(request: AnyRequest, chat: Chat) -> Entry:
 
 
 def vector(*numbers: float) -> bytes:
-    return struct.pack(f"={len(numbers)}f", *numbers)
+    return struct.pack(f"={len(numbers)}d", *numbers)
 
 
 def embedded(request: EmbeddingRequest, chat: Chat, *parts: tuple[str, int, bytes]) -> CreateEmbeddingResponse:

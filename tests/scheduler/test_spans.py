@@ -99,7 +99,7 @@ async def test_it_is_told_what_was_asked_for_and_used_but_not_what_was_said(coll
 async def test_an_embedding_has_no_parameters_of_sampling(collector):
     entry = msgspec.structs.replace(generation().entry, request=EmbeddingRequest(input=SECRET))
     run = EmbeddingPrefill(entry=entry, accepted_at=1.0, lengths={entry.id: 2}, started_at=2.0)
-    run.pool(entry.id, 1, struct.pack("=2f", 3, 4))
+    run.pool(entry.id, 1, struct.pack("=2d", 3, 4))
     run.complete()
     await record(collector, run, run.result(NOW))
     (root,) = collector.roots()

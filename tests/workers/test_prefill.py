@@ -125,6 +125,30 @@ def test_after_a_failure_nothing_is_counted_twice_or_left_out(lost):
         expect(engine, "llama", f"last{number}", prompt)
 
 
+def test_the_numbers_are_the_same_to_the_bit_however_the_batch_is_made_up():
+    """Where logits are: all layers of this model are ours."""
+    requests = workload(seed=9, count=6, vocab=97, longest_prompt=80)
+    asked = {"mean": MEAN, "last": LAST, "score": Sampling(prompt_logprobs=2)}
+    told = []
+    for together, limits in ((False, {"budget": 128}), (True, {"budget": 128}), (True, TIGHT), (True, {"budget": 9})):
+        engine = LocalEngine(tiny("llama"), **limits)
+        for number, (prompt, length) in enumerate(requests):
+            if together:
+                engine.submit(f"text{number}", prompt, min(length, 12))
+            for what, sampling in asked.items():
+                engine.submit(f"{what}{number}", prompt, 0, sampling)
+                if not together:
+                    engine.finish()
+        engine.finish(ahead=2)
+        vectors = [
+            embedding(engine, f"{what}{number}", prompt, what, normalize=True).tolist()
+            for number, (prompt, _) in enumerate(requests)
+            for what in ("mean", "last")
+        ]
+        told.append((vectors, engine.prompts))
+    assert all(each == told[0] for each in told)
+
+
 def test_scores_take_memory_for_a_few_places_only():
     """However long the chunk: it is the vocabulary that makes logits large."""
     engine = LocalEngine(tiny("llama"), budget=128)
