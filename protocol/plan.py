@@ -193,7 +193,7 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     had the plan, whether there was work or not.
 
     ``scored``: of the ``tokens``, by index, those that are to be. ``prompts``: by index of a row, prompt tokens that are to be
-    scored, in order: from the one after the row's first on, or from its ``score_from`` on. ``pooled``: by index of a row, float32
+    scored, in order: from the one after the row's first on, or from its ``score_from`` on. ``pooled``: by index of a row, float64
     ``[hidden_size]`` in the machine's byte order: the sum of its hidden states, or the last one once the prompt ends in it.
     """
 

@@ -108,10 +108,19 @@ class LocalEngine:
         stop=frozenset(),
         *,
         adapter: str = "",
+        priority: int = 0,
     ) -> None:
         self.outputs[id] = []
-        sampling = sampling or Sampling()
-        self.batcher.submit(Sequence(id, prompt, max_tokens=length, stop_ids=stop, sampling=sampling, adapter=adapter))
+        sequence = Sequence(
+            id,
+            prompt,
+            max_tokens=length,
+            stop_ids=stop,
+            sampling=sampling or Sampling(),
+            adapter=adapter,
+            priority=priority,
+        )
+        self.batcher.submit(sequence)
 
     def step(self) -> bool:
         result = self.run_next()
