@@ -64,6 +64,7 @@ _BENCHMARKS = (
     "speculation",
     "adapters",
     "determinism",
+    "startup",
     "scrape",
     "replicas",
 )
