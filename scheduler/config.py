@@ -81,7 +81,7 @@ class EngineConfig(Section, frozen=True):
     and none in steps of ``cheap_tokens`` or more, where another token costs its full price.
 
     ``batch_invariant``: a token's numbers never depend, in any bit, on who shares its step; a model of which that can't be proven
-    at the start is refused. On the CPU in float32 it is so anyway.
+    at the start is refused. On the CPU in float32 most are so anyway, at no cost.
     """
 
     max_running: Count = 64
