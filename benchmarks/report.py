@@ -216,10 +216,13 @@ def blocks_table(figures: list[BlockFigures]) -> str:
 
 def startup_text(figures: StartupFigures) -> str:
     median = figures.median
+    summary = (
+        "From the start of `tokenbus serve` with the cached demo model to the first token of a prompt over MQTT: "
+        f"{median.first_token_s:.1f} s (median of {figures.rounds}, the slowest {figures.slowest_first_token_s:.1f} s). The "
+        f"broker was there after {median.broker_s:.1f} s, the service online after {median.online_s:.1f} s."
+    )
     lines = [
-        f"From the start of `tokenbus serve` with the cached demo model to the first token of a prompt over MQTT: "
-        f"{median.first_token_s:.1f} s (median of {figures.rounds}, the slowest {figures.slowest_first_token_s:.1f} s). The broker "
-        f"was there after {median.broker_s:.1f} s, the service online after {median.online_s:.1f} s.",
+        summary,
         "",
         "| the worker | s | the service, meanwhile | s |",
         "|---|---|---|---|",
