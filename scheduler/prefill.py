@@ -74,7 +74,7 @@ def prefills_for(entry: Entry, info: WorkerInfo) -> list[Sequence]:
         prompts = [entry.prompt[start:end] for start, end in pairwise(bounds)]
     return [
         Sequence(
-            f"{entry.id}/{number}" if number else entry.id,
+            f"{entry.id}#{number}" if number else entry.id,
             prompt,
             max_tokens=0,
             sampling=sampling,

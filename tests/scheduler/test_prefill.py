@@ -65,7 +65,7 @@ def test_a_sequence_for_each_text(chat):
         asked = entry(EmbeddingRequest(input=given, pooling="mean", priority=3), chat)
         sequences = sequences_for(asked, chat, WIDE)
         assert [sequence.tokens for sequence in sequences] == tokens
-        assert [sequence.id for sequence in sequences] == ["alice/r1", "alice/r1/1", "alice/r1/2"]
+        assert [sequence.id for sequence in sequences] == ["alice/r1", "alice/r1#1", "alice/r1#2"]
         assert {(one.max_tokens, one.tenant, one.priority, one.sampling.pooling) for one in sequences} == {
             (0, "alice", 3, "mean")
         }
@@ -76,7 +76,7 @@ def test_a_mean_is_made_of_all_parts_and_who_began_anew_counts_once(chat):
     request = EmbeddingRequest(input=[[5, 6, 7, 8], [9]], pooling="mean", normalize=False)
     parts = [
         ("alice/r1", 0, vector(100, 100, 100)),
-        ("alice/r1/1", 0, vector(1, 2, 3)),
+        ("alice/r1#1", 0, vector(1, 2, 3)),
         ("alice/r1", 0, vector(1, 2, 3)),
         ("alice/r1", 3, vector(3, 2, 1)),
     ]
