@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
 from protocol.plan import WeightsName
+from workers import trial
 from workers.kernels.compiler import CompileError
 from workers.linear import PackedLinear, kernel, unsupported
 from workers.norm import RMSNorm
@@ -19,9 +20,6 @@ from workers.packed_attention import packed_attention
 
 #: torch's own layers, in whatever the model was loaded as.
 PLAIN = "plain"
-#: Rows that a module is tried on, and how far ours may be from it, as the norm of the difference over the norm.
-_TRIAL_ROWS = 3
-_TRIAL_TOLERANCE = 1e-5
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +109,5 @@ def _norm(_: torch.dtype, layer: nn.Module) -> nn.Module | None:
 
 def _agree(layer: nn.Module, ours: Callable[[Tensor], Tensor], width: int) -> bool:
     """Whether two ways to compute a layer give the same of random rows."""
-    x = torch.randn(1, _TRIAL_ROWS, width, generator=torch.Generator().manual_seed(0))
-    expected = layer(x)
-    return float((ours(x) - expected).norm() / expected.norm()) < _TRIAL_TOLERANCE
+    x = torch.randn(1, trial.ROWS, width, generator=torch.Generator().manual_seed(0))
+    return trial.agree(ours(x), layer(x))
