@@ -190,9 +190,7 @@ async def _ask(client: Client, model: str, id: str, request: Request, see: Calla
 
 async def _ask_all(client: Client, model: str, asked: dict[str, Request], see: Callable[[], None]) -> Answers:
     async with asyncio.TaskGroup() as group:
-        tasks = {
-            id: group.create_task(_ask(client, model, id, request, see), name=id) for id, request in asked.items()
-        }
+        tasks = {id: group.create_task(_ask(client, model, id, request, see), name=id) for id, request in asked.items()}
     return {id: task.result() for id, task in tasks.items()}
 
 
@@ -217,9 +215,7 @@ async def _under(condition: Condition, asked: dict[str, Request], settings: Conf
     settings = msgspec.structs.replace(settings, engine=msgspec.structs.replace(settings.engine, **condition.engine))
     async with serving(settings) as running, Client(running.broker_url, tenant="one") as client:
         watch = Watch(running, kill=2 * len(asked) if condition.kills_worker else None)
-        answers = await _ask_all(
-            client, settings.model.alias, _scored(asked) if condition.scored else asked, watch.see
-        )
+        answers = await _ask_all(client, settings.model.alias, _scored(asked) if condition.scored else asked, watch.see)
         return answers, condition.happened(watch)
 
 
@@ -289,10 +285,7 @@ async def matrix(asked: dict[str, Request], settings: Config, chosen: tuple[str,
 async def _rates(asked: dict[str, Request], ways: dict[WayName, Config], rounds: int) -> dict[WayName, float]:
     """Output tokens/s of the bare engine, the ways in turn."""
     work = Workload(
-        [
-            WorkItem(number, _prompt(request), request.max_tokens or 1)
-            for number, request in enumerate(asked.values())
-        ]
+        [WorkItem(number, _prompt(request), request.max_tokens or 1) for number, request in enumerate(asked.values())]
     )
     rates: dict[WayName, list[float]] = {way: [] for way in ways}
     for number in range(rounds):
@@ -320,15 +313,15 @@ async def run(
         prompt_tokens=sum(len(_prompt(request)) for request in asked.values()),
         output_tokens=sum(request.max_tokens or 0 for request in asked.values()),
         rounds=rounds,
-        ways=[
-            WayFigures(way, rates[way], await matrix(asked, settings, chosen)) for way, settings in ways.items()
-        ],
+        ways=[WayFigures(way, rates[way], await matrix(asked, settings, chosen)) for way, settings in ways.items()],
     )
 
 
 @click.command()
 @click.option("--model", default="smollm2", show_default=True, help="Directory of safetensors, or the demo model.")
-@click.option("--requests", "count", default=32, show_default=True, help="Half of them greedy; all at once but when alone.")
+@click.option(
+    "--requests", "count", default=32, show_default=True, help="Half of them greedy; all at once but when alone."
+)
 @click.option("--output-tokens", default=48, show_default=True, help="Of each request.")
 @click.option("--vocab", default=49152, show_default=True, help="Prompts are drawn from token ids below this.")
 @click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), help="[default: all]")

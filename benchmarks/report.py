@@ -3,9 +3,9 @@
 ``python -m benchmarks.report`` after ``tokenbus bench ladder --json > benchmarks/results/ladder.json`` and
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
 ``accept.json`` is ``bench accept``, ``scrape.json`` ``bench scrape``. ``planning.json``, ``fairness.json``, ``prefix.json``,
-``determinism.json``, ``startup.json`` and ``speculation.json`` are the benchmarks of those names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is
-``bench scale --trace FILE``, ``suites.json`` ``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
-``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``.
+``determinism.json``, ``startup.json`` and ``speculation.json`` are the benchmarks of those names, the fairness one with
+``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json`` ``tokenbus simulate --suite all
+--plot docs/suites.png``, both simulated. ``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``.
 """
 
 import re
@@ -203,15 +203,15 @@ def speculation_table(figures: SpeculationFigures) -> str:
 
 def startup_text(figures: StartupFigures) -> str:
     median = figures.median
-    lines = [
+    summary = (
         f"From the start of `tokenbus serve` with the cached demo model to the first token of a prompt over MQTT: "
-        f"{median.first_token_s:.1f} s (median of {figures.rounds}, the slowest {figures.slowest_first_token_s:.1f} s). The broker "
-        f"was there after {median.broker_s:.1f} s, the service online after {median.online_s:.1f} s.",
-        "",
-        "| the worker | s | the service, meanwhile | s |",
-        "|---|---|---|---|",
+        f"{median.first_token_s:.1f} s (median of {figures.rounds}; the slowest took {figures.slowest_first_token_s:.1f} s). The "
+        f"broker was there after {median.broker_s:.1f} s, the service online after {median.online_s:.1f} s."
+    )
+    lines = [summary, "", "| the worker | s | the service, meanwhile | s |", "|---|---|---|---|"]
+    columns = [
+        [f"{name} | {seconds:.2f}" for name, seconds in part.items()] for part in (figures.worker, figures.service)
     ]
-    columns = [[f"{name} | {seconds:.2f}" for name, seconds in part.items()] for part in (figures.worker, figures.service)]
     rows = zip_longest(*columns, fillvalue=" | ")
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 

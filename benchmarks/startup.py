@@ -1,7 +1,7 @@
 """From starting ``tokenbus serve`` to the first token of a prompt over MQTT: a fresh process with a cached model, as on a laptop.
 
-The parts are timed in processes of their own, one after the other; worker and service start side by side, so a start takes less than
-the sum of both.
+The parts are timed in processes of their own, one after the other; worker and service start side by side, so a start takes less
+than the sum of both.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ _POLL_S = 0.005
 
 
 class StartFigures(msgspec.Struct, frozen=True):
-    """Seconds since the process was started: until its broker took a connection, the service said that it is online, and the first
-    token of a prompt that was sent then came."""
+    """Seconds since the process was started, until its broker took a connection, the service said that it is online, and the
+    first token of a prompt that was sent then came."""
 
     broker_s: float
     online_s: float
@@ -69,7 +69,7 @@ async def start(model: str, prompt: str) -> StartFigures:
 
 
 async def _first_token(port: int, prompt: str, begun: float) -> StartFigures:
-    while not _takes_connections(port):
+    while not _takes_connections(port):  # noqa: ASYNC110 - another process's affair
         await asyncio.sleep(_POLL_S)
     broker_s = time.perf_counter() - begun
     async with Client(f"mqtt://127.0.0.1:{port}", tenant="one") as client:

@@ -1,8 +1,9 @@
 """Batch invariance where it isn't had for nothing: every token computed in the same way, whoever shares the step.
 
-On the CPU in float32 our kernels sum each row by itself, in one order. torch's products choose theirs by the number of rows, and
-an attention backend may by the number of queries. Here products get their rows a fixed number at a time, and attention its queries
-one by one (cf. He et al., "Defeating Nondeterminism in LLM Inference", 2025); `selftest.check_invariant` proves what comes of it.
+On the CPU in float32 our kernels sum each row by itself, in one order. torch's products choose theirs by the number of rows,
+and an attention backend may by the number of queries. Here products get their rows a fixed number at a time, and attention its
+queries one by one (cf. He et al., "Defeating Nondeterminism in LLM Inference", 2025); `selftest.check_invariant` proves what
+comes of it.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from workers.attention import AttentionBackend, Attributes, RaggedBatch
 _ROWS = 16
 #: ``x @ weight``, in all its spellings.
 _PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
-#: What is computed element by element, on the CPU one way in vectors and another in what is left over at the ends of threads' parts.
+#: Computed element by element; on the CPU one way in whole vectors, another in what is left over where a thread's part ends.
 _ELEMENTWISE = {gelu, silu, softplus, torch.exp, torch.sigmoid, torch.tanh, Tensor.exp, Tensor.sigmoid, Tensor.tanh}
 #: Elements that fill whole vectors; and so many, at most, torch leaves to one thread (its gelu; others twice as many).
 _VECTORS, _PART = 64, 16384
