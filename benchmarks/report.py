@@ -218,15 +218,10 @@ def startup_text(figures: StartupFigures) -> str:
     median = figures.median
     summary = (
         "From the start of `tokenbus serve` with the cached demo model to the first token of a prompt over MQTT: "
-        f"{median.first_token_s:.1f} s (median of {figures.rounds}, the slowest {figures.slowest_first_token_s:.1f} s). The "
+        f"{median.first_token_s:.1f} s (median of {figures.rounds}; the slowest took {figures.slowest_first_token_s:.1f} s). The "
         f"broker was there after {median.broker_s:.1f} s, the service online after {median.online_s:.1f} s."
     )
-    lines = [
-        summary,
-        "",
-        "| the worker | s | the service, meanwhile | s |",
-        "|---|---|---|---|",
-    ]
+    lines = [summary, "", "| the worker | s | the service, meanwhile | s |", "|---|---|---|---|"]
     columns = [
         [f"{name} | {seconds:.2f}" for name, seconds in part.items()] for part in (figures.worker, figures.service)
     ]

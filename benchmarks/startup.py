@@ -28,7 +28,7 @@ _POLL_S = 0.005
 
 
 class StartFigures(msgspec.Struct, frozen=True):
-    """Seconds since the process was started: until its broker took a connection, the service said that it is online, and the
+    """Seconds since the process was started, until its broker took a connection, the service said that it is online, and the
     first token of a prompt that was sent then came."""
 
     broker_s: float

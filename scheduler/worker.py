@@ -41,8 +41,8 @@ class WorkerRefused(Exception):
 
 
 class Worker:
-    """One process; use as ``async with Worker(config) as worker``. Entering waits until it is ready; to do something else while
-    it gets ready, ``launch`` it, wait for ``get_ready`` later, and exit whatever happens.
+    """One process; use as ``async with Worker(config) as worker``. Entering waits until it is ready; who has something else to do
+    meanwhile calls ``launch``, later ``get_ready``, and exits whatever happens.
 
     It has ``patience_s`` to answer. Raises WorkerRefused or WorkerDied.
     """

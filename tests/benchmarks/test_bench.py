@@ -1,5 +1,6 @@
 """The benchmarks run, count right and agree with each other; their figures are looked at by people, not by tests."""
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -9,14 +10,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks import report
+from benchmarks import determinism, report, startup, startup_parts
 from benchmarks.blocks import BlocksFigures
-from benchmarks.determinism import DeterminismFigures
+from benchmarks.determinism import ConditionFigures, DeterminismFigures, WayFigures
 from benchmarks.fairness import FairnessFigures
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
 from benchmarks.speculation import SpeculationFigures
+from benchmarks.startup import StartupFigures
+from benchmarks.startup_parts import timed
 from benchmarks.workload import load, mixed
+from scheduler.config import Config, EngineConfig, ModelConfig
 from tests.workers.models import save, servable, tiny
 from tests.workers.test_grammar import EOS, TOKENIZER, VOCAB
 from workers.linear import PackedLinear
@@ -200,20 +204,30 @@ def test_larger_blocks_leave_more_empty():
     assert report.blocks_table(msgspec.convert(figures, BlocksFigures).sizes).count("\n") == 6
 
 
-def test_determinism_finds_every_request_equal(served):
-    sizes = ("--requests", "6", "--output-tokens", "40", "--vocab", "97", "--rounds", "1", "--way", "plain-invariant")
-    figures = call(
-        "determinism", "--model", served, *sizes, "--condition", "preempted", "--condition", "service killed"
+async def test_determinism_finds_every_request_equal(served):
+    settings = Config(
+        model=ModelConfig(path=served, weights="plain"),
+        engine=EngineConfig(max_running=6, prefix_cache=False, batch_invariant=True),
     )
-    assert (figures["greedy"], figures["sampled"], figures["output_tokens"]) == (3, 3, 240)
-    (way,) = figures["ways"]
-    assert way["output_tokens_per_s"] > 0
-    assert [condition.pop("happened") > 0 for condition in way["conditions"]] == [True, True]
-    equal = {"greedy": 3, "sampled": 3, "bits": 6}
-    assert way["conditions"] == [{"condition": "preempted", **equal}, {"condition": "service killed", **equal}]
-    table = report.determinism_table(msgspec.convert(figures, DeterminismFigures)).splitlines()
-    assert [line.count("|") for line in table[:5]] == [4] * 5
+    found = await determinism.matrix(determinism.requests(6, 40, 97), settings, ("preempted",))
+    assert found == [ConditionFigures("preempted", greedy=3, sampled=3, bits=6, happened=found[0].happened)]
+    assert found[0].happened > 0
+    figures = DeterminismFigures(3, 3, 300, 240, 1, [WayFigures("plain-invariant", 9.0, found)])
+    table = report.determinism_table(figures).splitlines()
+    assert [line.count("|") for line in table[:4]] == [4] * 4
     assert "| 6; 6 to the bit |" in table[2]
+
+
+async def test_a_start_is_timed_and_so_are_its_parts(tmp_path):
+    model = servable(tmp_path, vocab_size=49152)
+    shutil.copy(demo_model() / "chat_template.jinja", model)
+    start = await startup.start(str(model), "Hi")
+    assert 0 < start.broker_s < start.online_s < start.first_token_s
+    worker = await asyncio.to_thread(timed, startup_parts.worker(str(model)))
+    service = await asyncio.to_thread(timed, startup_parts.service(str(model)))
+    assert min(*worker.values(), *service.values()) > 0
+    table = report.startup_text(StartupFigures(1, start, 9.0, worker, service)).splitlines()[2:]
+    assert [line.count("|") for line in table] == [5] * (2 + len(worker))
 
 
 def test_prefix_counts_what_is_computed_and_of_whom(served):

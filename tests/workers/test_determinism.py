@@ -30,6 +30,14 @@ SAMPLINGS = [
 LENGTH = 40
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def prompts() -> list[list[int]]:
     """Two after two begin alike."""
     draw = torch.Generator().manual_seed(1)

@@ -87,8 +87,10 @@ def test_every_served_model_can_be_made_exact(kind, attention):
     selftest.check(model, backend, 8, expected)
 
 
-def test_a_model_whose_layers_are_all_ours_is_exact_as_it_is():
-    model = adopt(tiny("llama"), Path())
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"])
+def test_a_model_whose_layers_are_all_ours_is_exact_as_it_is(kind):
+    """Those that docs/determinism.md names."""
+    model = adopt(tiny(kind), Path())
     pack(model.module, "auto")
     selftest.check_invariant(model, CpuAttention, 8, 130)
 
