@@ -75,10 +75,10 @@ class Ranks:
         )
 
     def leave(self, status: int) -> None:
-        """End this process at once, for the others to notice; nothing of us stays behind."""
+        """End this process at once, for the others to notice. Each takes the store away: rank 0 may have been killed."""
         if self.count > 1:
-            if self.index == 0:
-                self._forget()
+            assert self._store is not None
+            self._store.unlink(missing_ok=True)
             os._exit(status)
 
     def _start(self, index: int) -> None:
@@ -101,15 +101,9 @@ class Ranks:
 
         def watch() -> None:
             until()
-            self._forget()
             self.leave(1)
 
         threading.Thread(target=watch, name="watch", daemon=True).start()
-
-    def _forget(self) -> None:
-        """Whoever is the last to know may have to do it: rank 0 can be killed."""
-        assert self._store is not None
-        self._store.unlink(missing_ok=True)
 
 
 def _hung_up() -> None:

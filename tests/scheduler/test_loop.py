@@ -32,12 +32,6 @@ class Worker:
     async def __aenter__(self):
         return self
 
-    async def launch(self):
-        pass
-
-    async def get_ready(self):
-        pass
-
     async def __aexit__(self, *_):
         pass
 
