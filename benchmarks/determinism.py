@@ -323,7 +323,7 @@ async def run(
 @click.option(
     "--requests", "count", default=32, show_default=True, help="Half of them greedy; all at once but when alone."
 )
-@click.option("--output-tokens", default=48, show_default=True, help="Of each request.")
+@click.option("--output-tokens", default=32, show_default=True, help="Of each request.")
 @click.option("--vocab", default=49152, show_default=True, help="Prompts are drawn from token ids below this.")
 @click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), help="[default: all]")
 @click.option("--condition", "chosen", multiple=True, type=click.Choice(CONDITIONS), help="[default: all]")

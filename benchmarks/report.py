@@ -3,14 +3,15 @@
 ``python -m benchmarks.report`` after ``tokenbus bench ladder --json > benchmarks/results/ladder.json`` and
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
 ``accept.json`` is ``bench accept``, ``scrape.json`` ``bench scrape``. ``planning.json``, ``fairness.json``, ``prefix.json``,
-``determinism.json``, ``blocks.json`` and ``speculation.json`` are the benchmarks of those names, the fairness one with
-``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
+``determinism.json``, ``blocks.json``, ``startup.json`` and ``speculation.json`` are the benchmarks of those names, the
+fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
 ``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
 ``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``.
 """
 
 import re
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ from benchmarks.scale import ScaleFigures
 from benchmarks.scrape import ScrapeFigures
 from benchmarks.serve import ServeFigures
 from benchmarks.speculation import SpeculationFigures
+from benchmarks.startup import StartupFigures
 from scheduler.simulation import figures as simulated
 from scheduler.simulation.suites import SuiteFigures, TimeToFirst
 
@@ -212,6 +214,21 @@ def blocks_table(figures: list[BlockFigures]) -> str:
     return "\n".join(lines)
 
 
+def startup_text(figures: StartupFigures) -> str:
+    median = figures.median
+    summary = (
+        "From the start of `tokenbus serve` with the cached demo model to the first token of a prompt over MQTT: "
+        f"{median.first_token_s:.1f} s (median of {figures.rounds}; the slowest took {figures.slowest_first_token_s:.1f} s). The "
+        f"broker was there after {median.broker_s:.1f} s, the service online after {median.online_s:.1f} s."
+    )
+    lines = [summary, "", "| the worker | s | the service, meanwhile | s |", "|---|---|---|---|"]
+    columns = [
+        [f"{name} | {seconds:.2f}" for name, seconds in part.items()] for part in (figures.worker, figures.service)
+    ]
+    rows = zip_longest(*columns, fillvalue=" | ")
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 _WAYS: dict[WayName, str] = {
     "packed": "float32 on the CPU",
     "packed-invariant": "the same, `batch_invariant`",
@@ -279,6 +296,9 @@ PAGES: dict[str, dict[str, Text]] = {
         "prefix": lambda: _when_measured("prefix.json", PrefixFigures, prefix_line),
         "planning": lambda: _when_measured("planning.json", PlanningFigures, planning_table),
         "directions": _simulated(scale_text.directions_table),
+    },
+    "docs/operations/install.md": {
+        "startup": lambda: _when_measured("startup.json", StartupFigures, startup_text),
     },
     "docs/metrics.md": {
         "scrape": lambda: _when_measured("scrape.json", ScrapeFigures, scrape_line),

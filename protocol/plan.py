@@ -35,6 +35,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``adapters``: directories
     of LoRA adapters by name, ``max_adapters`` of which are in memory at a time. ``speculation``: how it drafts, `NGRAM` or the
     directory of a draft model, if it does. ``batch_invariant``: nothing computed may depend, in any bit, on who shares a step.
+    ``tensor_parallel``: processes that share the model; memory is each one's.
     """
 
     model: str
@@ -53,6 +54,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     max_adapters: int = 0
     speculation: str | None = None
     batch_invariant: bool = False
+    tensor_parallel: int = 1
 
 
 #: Comes instead of a token that can't be sampled: the grammar of its sequence can't be followed any further.
@@ -193,7 +195,7 @@ class StepResult(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     had the plan, whether there was work or not.
 
     ``scored``: of the ``tokens``, by index, those that are to be. ``prompts``: by index of a row, prompt tokens that are to be
-    scored, in order: from the one after the row's first on, or from its ``score_from`` on. ``pooled``: by index of a row, float32
+    scored, in order: from the one after the row's first on, or from its ``score_from`` on. ``pooled``: by index of a row, float64
     ``[hidden_size]`` in the machine's byte order: the sum of its hidden states, or the last one once the prompt ends in it.
     """
 
@@ -252,7 +254,10 @@ HEADER_BYTES = _LENGTH.size
 
 
 def frame(message: WorkerConfig | Command | Reply) -> bytes:
-    body = encode(message)
+    return frame_of(encode(message))
+
+
+def frame_of(body: bytes) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 

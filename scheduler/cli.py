@@ -65,6 +65,7 @@ _BENCHMARKS = (
     "speculation",
     "adapters",
     "determinism",
+    "startup",
     "scrape",
     "replicas",
 )

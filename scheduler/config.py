@@ -49,6 +49,7 @@ class ModelConfig(Section, frozen=True):
     ``adapters``: LoRA adapters as PEFT saves them, directories by name, for requests of model ``alias:name``; ``max_adapters``
     of them are in memory, and in a step, at once.
     ``tool_parser``: the format of tool calls; absent: the one that the chat template shows.
+    ``tensor_parallel``: processes that share the model and ``threads``, each on a GPU of its own, where there are any.
     """
 
     alias: str = "smollm2"
@@ -58,6 +59,7 @@ class ModelConfig(Section, frozen=True):
     device: str = "auto"
     attention: AttentionName = "auto"
     threads: Count | None = None
+    tensor_parallel: Count = 1
     max_model_len: Count | None = None
     adapters: dict[str, str] = {}
     max_adapters: Count = 8
@@ -65,7 +67,8 @@ class ModelConfig(Section, frozen=True):
 
 
 class EngineConfig(Section, frozen=True):
-    """Sizes of a step and of the KV cache; ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold.
+    """Sizes of a step and of the KV cache; ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold, of each of
+    ``model.tensor_parallel`` processes.
 
     A worker that takes longer than ``step_timeout_s`` over a step is killed; over ``stalled_after_s``, the service isn't
     ready. A request is given up after ``attempts`` failing steps, the last of them with it alone.
@@ -79,7 +82,7 @@ class EngineConfig(Section, frozen=True):
     and none in steps of ``cheap_tokens`` or more, where another token costs its full price.
 
     ``batch_invariant``: a token's numbers never depend, in any bit, on who shares its step; a model of which that can't be proven
-    at the start is refused. On the CPU in float32 it is so anyway.
+    at the start is refused. On the CPU in float32 most are so anyway, at no cost.
     """
 
     max_running: Count = 64
@@ -269,6 +272,7 @@ class Config(Section, frozen=True):
             device=model.device,
             attention=model.attention,
             threads=model.threads,
+            tensor_parallel=model.tensor_parallel,
             block_size=engine.block_size,
             num_blocks=engine.num_blocks,
             kv_memory_mb=engine.kv_memory_mb,
@@ -337,6 +341,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{field}: must be {topics.NAME_RULE}")
     if len(set(config.tiers().values())) > _MOST_TIERS:
         raise ConfigError(f"tenants: must be of at most {_MOST_TIERS} tiers, each of which has histograms of its own")
+    _check_tensor_parallel(config.model)
     _check_broker(config.broker)
     _check_journal(config.journal)
     _check_tracing(config.tracing)
@@ -351,6 +356,15 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "console.broker_websocket_url: must look like wss://host:8084/mqtt, without a user or password"
         )
+
+
+def _check_tensor_parallel(model: ModelConfig) -> None:
+    if model.tensor_parallel == 1:
+        return
+    if model.adapters:
+        raise ConfigError("model.adapters: must be empty with model.tensor_parallel")
+    if ":" in model.device:
+        raise ConfigError("model.device: must be of no number with model.tensor_parallel, which takes the first ones")
 
 
 def _check_tracing(tracing: TracingConfig) -> None:

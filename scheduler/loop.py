@@ -103,7 +103,8 @@ class _Step:
 
 
 class Engine:
-    """Batcher and worker together; use as ``async with Engine(config) as engine``, with ``engine.run()`` in a task.
+    """Batcher and worker together; use as ``async with Engine(config) as engine``, with ``engine.run()`` in a task. It can be
+    launched and waited for apart, as a ``Worker`` can.
 
     ``reports`` holds one StepReport per iteration, for one consumer. ``itl_target_s``: about how long a step may take while
     somebody decodes. ``lead`` says when the next step is planned while one runs.
@@ -143,7 +144,17 @@ class Engine:
         self.reports: asyncio.Queue[StepReport] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
-        await self._worker.__aenter__()
+        await self.launch()
+        await self.get_ready()
+        return self
+
+    async def launch(self) -> None:
+        """Start the worker's process."""
+        await self._worker.launch()
+
+    async def get_ready(self) -> None:
+        """Wait until the worker is ready. Raises WorkerRefused, WorkerDied."""
+        await self._worker.get_ready()
         self.worker_up = True
         info = self.info = self._worker.info
         limits = Limits(
@@ -151,7 +162,6 @@ class Engine:
         )
         pool = BlockPool(info.num_blocks, info.block_size, prefix_cache=self._prefix_cache)
         self.batcher = Batcher(limits, pool, self._policy, self._speculation)
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._worker.__aexit__(None, None, None)

@@ -13,6 +13,7 @@ from protocol.transport import BrokerAddress, Transport, Will
 from scheduler.admission import Bounds
 from scheduler.chat import Chat
 from scheduler.config import EMBEDDED, OFF, Config, ConfigError, read_password
+from scheduler.core import policies
 from scheduler.journal.entry import Journal
 from scheduler.journal.memory import MemoryJournal
 from scheduler.journal.postgres import PostgresJournal
@@ -42,6 +43,18 @@ def data_dir_of(config: Config) -> Path:
         data_dir = user_state_path("tokenbus") / config.service.replica
     data_dir.mkdir(parents=True, exist_ok=True)
     return data_dir
+
+
+def engine_for(config: Config) -> Engine:
+    target_ms = config.engine.itl_target_ms
+    return Engine(
+        config.worker(),
+        patience_of(config),
+        policies.create(config.engine.policy, config.weights()),
+        prefix_cache=config.engine.prefix_cache,
+        speculation=config.speculation(),
+        itl_target_s=None if target_ms is None else target_ms / 1000,
+    )
 
 
 async def broker_for(config: Config, data_dir: Path, stack: contextlib.AsyncExitStack) -> str:

@@ -136,10 +136,9 @@ class EmbeddingPrefill(Prefill):
     def pool(self, id: str, start: int, part: bytes) -> None:
         """Take what the worker made of a sequence's hidden states from position ``start`` on: of a mean, the sum. Whoever was
         preempted begins anew."""
-        vector = np.frombuffer(part, np.float32).astype(np.float64)
-        if start and self._request.pooling == "mean":
-            vector += self._pooled[id]
-        self._pooled[id] = vector
+        vector = np.frombuffer(part)
+        goes_on = start and self._request.pooling == "mean"
+        self._pooled[id] = self._pooled[id] + vector if goes_on else vector
 
     @property
     def _request(self) -> EmbeddingRequest:

@@ -15,7 +15,6 @@ from scheduler.chat import Chat, preload
 from scheduler.config import EMBEDDED, Config
 from scheduler.console.activity import Activity
 from scheduler.console.server import PREFIX, console_for
-from scheduler.core import policies
 from scheduler.fleet import Fleet
 from scheduler.http import HttpServer, tls_context
 from scheduler.journal.entry import Entry, Journal
@@ -34,8 +33,8 @@ from scheduler.parts import (
     broker_for,
     chat_for,
     data_dir_of,
+    engine_for,
     journal_for,
-    patience_of,
     share_prefixes,
     transport_for,
 )
@@ -159,27 +158,23 @@ async def running(config: Config) -> AsyncIterator[Service]:
     when it can't start, and JournalError when it can't go on.
     """
     data_dir = data_dir_of(config)
+    engine = engine_for(config)
     async with contextlib.AsyncExitStack() as stack:
+        # It takes the longest, so it comes first and everything else meanwhile.
+        await engine.launch()
+        stack.push_async_exit(engine)
         broker_url = await broker_for(config, data_dir, stack)
-        service = await _start(config, data_dir, broker_url, stack)
+        service = await _start(config, engine, data_dir, broker_url, stack)
         stack.push_async_callback(service.say_goodbye)
         async with _looping(service):
             yield service
 
 
-async def _start(config: Config, data_dir: Path, broker_url: str, stack: contextlib.AsyncExitStack) -> Service:
-    """Everything, from the worker outwards; the journal before the transport, for whose file it is, its session it is."""
+async def _start(
+    config: Config, engine: Engine, data_dir: Path, broker_url: str, stack: contextlib.AsyncExitStack
+) -> Service:
+    """Everything around an engine that gets ready; the journal before the transport, for whose file it is, its session it is."""
     metrics = Metrics(config.tiers(), config.metrics.tenants)
-    policy = policies.create(config.engine.policy, config.weights())
-    target_ms = config.engine.itl_target_ms
-    engine = Engine(
-        config.worker(),
-        patience_of(config),
-        policy,
-        prefix_cache=config.engine.prefix_cache,
-        speculation=config.speculation(),
-        itl_target_s=None if target_ms is None else target_ms / 1000,
-    )
     health = Health()
     console = console_for(config, health.ready)
     http = HttpServer(
@@ -192,7 +187,7 @@ async def _start(config: Config, data_dir: Path, broker_url: str, stack: context
         console=console,
     )
     await stack.enter_async_context(http)
-    await asyncio.gather(stack.enter_async_context(engine), asyncio.to_thread(preload))
+    await asyncio.gather(engine.get_ready(), asyncio.to_thread(preload))
     chat = await chat_for(engine.info.model_path, config.model.tool_parser)
     share_prefixes(config.engine.shared_prefixes, chat, engine)
     journal = await stack.enter_async_context(journal_for(config, data_dir))

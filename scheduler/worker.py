@@ -1,6 +1,7 @@
 """The worker process as the scheduler sees it: started, told plans, answering results; it may die or hang at any time."""
 
 import asyncio
+import contextlib
 import os
 import sys
 import time
@@ -40,7 +41,8 @@ class WorkerRefused(Exception):
 
 
 class Worker:
-    """One process; use as ``async with Worker(config) as worker``. Entering waits until it is ready.
+    """One process; use as ``async with Worker(config) as worker``. Entering waits until it is ready; who has something else to do
+    meanwhile calls ``launch``, later ``get_ready``, and exits whatever happens.
 
     It has ``patience_s`` to answer. Raises WorkerRefused or WorkerDied.
     """
@@ -53,21 +55,31 @@ class Worker:
         self._owed = 0
         self._owing_since: float | None = None
         self._header: bytes | None = None
+        self._is_ready = False
 
     async def __aenter__(self) -> Self:
+        await self.launch()
+        await self.get_ready()
+        return self
+
+    async def launch(self) -> None:
+        """Start the process."""
         self._process = await asyncio.create_subprocess_exec(
             *COMMAND,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=ENVIRONMENT | os.environ,
         )
+        self._write(self._config)
+
+    async def get_ready(self) -> None:
+        """Wait until it has loaded its model. Raises WorkerRefused, WorkerDied, and then has ended."""
         try:
-            self._write(self._config)
             self.info = _ready(await self._read())
+            self._is_ready = True
         except BaseException:
             await self._stop()
             raise
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -145,8 +157,11 @@ class Worker:
         return reply
 
     async def _stop(self) -> None:
-        """Closing its stdin asks it to leave; it is killed when it doesn't."""
+        """Closing its stdin asks it to leave; it is killed when it doesn't, or while it loads and wouldn't hear."""
         assert self._process.stdin is not None
+        if not self._is_ready:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
         self._process.stdin.close()
         try:
             async with asyncio.timeout(_STOP_S):

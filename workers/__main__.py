@@ -1,18 +1,23 @@
-"""A worker process: ``python -m workers``, frames in on stdin, frames out on stdout, everything else on stderr."""
+"""A worker process: ``python -m workers``, frames in on stdin, frames out on stdout, everything else on stderr.
+
+With ``RANK STORE`` it is one that another worker process has started (`workers.ranks`).
+"""
 
 import logging
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 import torch
+from torch import Tensor
 
 from protocol import plan
-from workers import selftest
+from workers import selftest, tensor_parallel
 from workers.attention import AttentionBackend, choose
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
@@ -21,6 +26,7 @@ from workers.invariant import fix_shapes, one_by_one
 from workers.lora import AdapterRefused, Adapters
 from workers.model import Model, ModelRefused, load
 from workers.packing import pack
+from workers.ranks import Ranks
 from workers.runner import Runner
 from workers.weights import WeightsError
 
@@ -35,28 +41,35 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    serve(sys.stdin.buffer, replies)
-
-
-def serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    """Answer frames until the scheduler closes the pipe."""
-    body = _read(requests)
+    body = _read(sys.stdin.buffer)
     if body is None:
         return
+    config = plan.decode_config(body)
+    place = (int(sys.argv[1]), Path(sys.argv[2])) if sys.argv[1:] else ()
+    ranks = Ranks(config.tensor_parallel, *place)
+    ranks.start()
+    ranks.tell(body)
+    serve(config, ranks, sys.stdin.buffer, replies)
+    ranks.leave(0)
+
+
+def serve(config: plan.WorkerConfig, ranks: Ranks, requests: BinaryIO, replies: BinaryIO) -> None:
+    """Answer frames until the scheduler closes the pipe."""
     try:
-        runner, info = start(plan.decode_config(body))
+        runner, info = start(config, ranks)
     except (ModelRefused, AdapterRefused, WeightsError, ValueError, OSError) as error:
         _write(replies, plan.StartFailure(str(error)))
         return
     _write(replies, info)
-    work(runner, requests, replies)
+    work(runner, ranks, requests, replies)
 
 
-def work(runner: Runner, requests: BinaryIO, replies: BinaryIO) -> None:
+def work(runner: Runner, ranks: Ranks, requests: BinaryIO, replies: BinaryIO) -> None:
     """Do what the scheduler says until it closes the pipe."""
     failed = False
     done = time.perf_counter()
     while (body := _read(requests)) is not None:
+        ranks.tell(body)
         waited_s = time.perf_counter() - done
         match plan.decode_command(body):
             case plan.Ping():
@@ -66,17 +79,21 @@ def work(runner: Runner, requests: BinaryIO, replies: BinaryIO) -> None:
             case plan.StepPlan() as step if not failed:
                 answer = execute(runner, step, waited_s)
                 failed = isinstance(answer, plan.StepFailure)
+                if failed:
+                    # The others may wait for this one in the middle of the step.
+                    ranks.leave(1)
                 # From before the answer is written: while it is, the scheduler may have our core.
                 done = time.perf_counter()
                 _write(replies, answer)
 
 
-def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
+def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerInfo]:
     """Load, check and size everything. Raises ModelRefused, AdapterRefused, WeightsError, ValueError."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = torch.device(_resolve_device(config.device))
-    model = load(config.model, _resolve_dtype(config.dtype, device), str(device), config.max_model_len)
+    threads = config.threads or torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // ranks.count))
+    device = torch.device(_resolve_device(config.device, ranks))
+    model = _model(config, device, ranks)
+    agree = tensor_parallel.agree if ranks.count > 1 else None
     draft = _draft_model(config, model)
     kind = _attention(config, model)
     adapters = Adapters(model.module, {name: Path(path) for name, path in config.adapters.items()}, config.max_adapters)
@@ -103,7 +120,8 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         max_running=config.max_running,
         max_model_len=max_model_len,
         adapters=adapters,
-        drafter=_drafter(config, draft, num_blocks),
+        drafter=_drafter(config, draft, num_blocks, agree),
+        agree=agree,
     )
     return runner, plan.WorkerInfo(
         model_path=str(model.path),
@@ -132,6 +150,18 @@ def execute(runner: Runner, step: plan.StepPlan, waited_s: float) -> plan.StepRe
         return plan.StepFailure(step.step, f"{type(error).__name__}: {error}")
 
 
+def _model(config: plan.WorkerConfig, device: torch.device, ranks: Ranks) -> Model:
+    """The model, or this rank's share of it."""
+    dtype = _resolve_dtype(config.dtype, device)
+    if ranks.count == 1:
+        return load(config.model, dtype, str(device), config.max_model_len)
+    # No device need hold the whole of it.
+    whole = load(config.model, dtype, "cpu", config.max_model_len)
+    tensor_parallel.check(whole, ranks)
+    ranks.join(device)
+    return tensor_parallel.share(whole, ranks, device)
+
+
 def _attention(config: plan.WorkerConfig, model: Model) -> type[AttentionBackend]:
     return choose(
         config.attention,
@@ -158,10 +188,13 @@ def _draft_model(config: plan.WorkerConfig, model: Model) -> Model | None:
     return draft
 
 
-def _drafter(config: plan.WorkerConfig, draft: Model | None, num_blocks: int) -> Drafter | None:
+def _drafter(
+    config: plan.WorkerConfig, draft: Model | None, num_blocks: int, agree: Callable[[Tensor], object] | None
+) -> Drafter | None:
     if draft is not None:
         kind = _attention(config, draft)
-        return DraftModel(draft, kind(draft.layers, num_blocks, config.block_size, draft.dtype, draft.device))
+        backend = kind(draft.layers, num_blocks, config.block_size, draft.dtype, draft.device)
+        return DraftModel(draft, backend, agree=agree)
     return NGram() if config.speculation == plan.NGRAM else None
 
 
@@ -175,10 +208,15 @@ def _num_blocks(config: plan.WorkerConfig, per_block: int, longest: int) -> int:
     return min(fitting, config.max_running * -(-longest // config.block_size))
 
 
-def _resolve_device(device: str) -> str:
-    if device != "auto":
+def _resolve_device(device: str, ranks: Ranks) -> str:
+    """Each rank has a GPU of its own. Raises ValueError when there aren't as many."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.count == 1 or device == "cpu":
         return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.device_count() < ranks.count:
+        raise ValueError(f"model.tensor_parallel = {ranks.count}, and there are {torch.cuda.device_count()} GPUs")
+    return f"{device}:{ranks.index}"
 
 
 def _resolve_dtype(dtype: str, device: torch.device) -> str:

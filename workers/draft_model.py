@@ -1,5 +1,7 @@
 """A draft model: a smaller one that guesses what the model will say."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,12 +18,16 @@ class DraftModel(Drafter):
     """A smaller model of the same vocabulary, with a KV cache of its own behind the same block tables.
 
     It computes all that the model computes, so whatever block is found, freed or given on holds both models' KV of the same
-    tokens, and there is nothing else to keep account of. ``backend`` must have as many blocks as the model's.
+    tokens, and there is nothing else to keep account of. ``backend`` must have as many blocks as the model's. ``agree``: as the
+    runner's.
     """
 
-    def __init__(self, model: Model, backend: AttentionBackend) -> None:
+    def __init__(
+        self, model: Model, backend: AttentionBackend, *, agree: Callable[[Tensor], object] | None = None
+    ) -> None:
         self._module = model.module
         self._backend = backend
+        self._agree = agree
 
     def draft(self, slots: Slots, verifications: list[Verification]) -> list[int]:
         """Greedily, one pass for each place; a slot that wants fewer drafts drops out."""
@@ -31,6 +37,8 @@ class DraftModel(Drafter):
             inputs = slots.ragged(np.array(wanting), positions, np.ones_like(positions))
             keep = torch.arange(len(wanting), device=inputs.ids.device)
             tokens = forward(self._module, self._backend, inputs, keep).argmax(dim=-1)
+            if self._agree is not None:
+                self._agree(tokens)
             slots.tokens[wanting, inputs.positions + 1] = tokens.int()
         return [each.drafts for each in verifications]
 

@@ -37,11 +37,12 @@ class HiddenStates:
         output.last_hidden_state = hidden[None]
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
         # The model's own forward may scale or cap its logits, so it runs, and its decoder only hands over what is there.
+        forward = self._decoder.forward
         self._decoder.forward = lambda *_, **__: output
         try:
             logits: Tensor = self._module(input_ids=ids, use_cache=False).logits[0]
         finally:
-            del self._decoder.forward
+            self._decoder.forward = forward
         return logits
 
     def _hear(self, _module: nn.Module, _inputs: object, output: object) -> None:

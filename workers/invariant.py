@@ -22,7 +22,7 @@ from workers.attention import AttentionBackend, Attributes, RaggedBatch
 _ROWS = 16
 #: ``x @ weight``, in all its spellings.
 _PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
-#: What is computed element by element, on the CPU one way in vectors and another in what is left at the ends of threads' parts.
+#: Computed element by element; on the CPU one way in whole vectors, another in what is left over where a thread's part ends.
 _ELEMENTWISE = {gelu, silu, softplus, torch.exp, torch.sigmoid, torch.tanh, Tensor.exp, Tensor.sigmoid, Tensor.tanh}
 #: Elements that fill whole vectors; and so many, at most, torch leaves to one thread (its gelu; others twice as many).
 _VECTORS, _PART = 64, 16384

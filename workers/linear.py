@@ -105,7 +105,10 @@ def _rows(linear: nn.Linear, format: torch.dtype, multiple: int) -> tuple[Tensor
         weight = (weight / scale[:, None]).round()
     bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
     padding = (0, -linear.out_features % multiple)
-    return pad(weight.to(format), (0, 0, *padding)), pad(scale, padding), pad(bias, padding)
+    weight = weight.to(format)
+    if any(padding):  # pad copies even where there is nothing to add
+        weight = pad(weight, (0, 0, *padding))
+    return weight, pad(scale, padding), pad(bias, padding)
 
 
 def _panels(weight: Tensor, columns: int) -> Tensor:

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from workers import trial
 from workers.linear import PackedLinear
 from workers.rotary import rotate_
 
 #: Under this name a layer's attention function is ours for a trial.
 _TRIAL = "tokenbus_trial"
-#: Tokens that a layer is tried on, and how far ours may be from it, as the norm of the difference over the norm.
-_TRIAL_TOKENS = 3
-_TRIAL_TOLERANCE = 1e-5
 
 
 class _Call(NamedTuple):
@@ -72,8 +70,8 @@ def packed_attention(format: torch.dtype, layer: Any) -> PackedAttention | None:
     if not all(type(projection) is nn.Linear for projection in projections) or not hasattr(layer, "head_dim"):
         return None
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _TRIAL_TOKENS, layer.q_proj.in_features, generator=draw)
-    cos, sin = torch.randn(2, 1, _TRIAL_TOKENS, layer.head_dim, generator=draw)
+    x = torch.randn(1, trial.ROWS, layer.q_proj.in_features, generator=draw)
+    cos, sin = torch.randn(2, 1, trial.ROWS, layer.head_dim, generator=draw)
     try:
         with _observed(layer) as calls:
             output, _ = layer(hidden_states=x, position_embeddings=(cos, sin), attention_mask=None)
@@ -83,7 +81,7 @@ def packed_attention(format: torch.dtype, layer: Any) -> PackedAttention | None:
     ours = _turned(projection(x), _heads(layer), (cos, sin))
     (theirs,) = calls
     pairs = [*zip(ours, theirs[:3], strict=True), (layer.o_proj(ours[0].transpose(1, 2).flatten(2)), output)]
-    if not all(_close(mine, expected) for mine, expected in pairs):
+    if not all(trial.agree(mine, expected) for mine, expected in pairs):
         return None
     return PackedAttention(layer, projection, format, theirs.given)
 
@@ -128,7 +126,3 @@ def _turned(qkv: Tensor, heads: list[int], embeddings: tuple[Tensor, Tensor]) ->
     """Query, key and value, each a view ``[1, heads, T, head_dim]`` of the product, once all but the values are turned."""
     rotate_(qkv, heads[0] + heads[1], *embeddings)
     return qkv.unflatten(2, (sum(heads), -1)).transpose(1, 2).split(heads, dim=1)
-
-
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and float((ours - theirs).norm() / theirs.norm()) < _TRIAL_TOLERANCE

@@ -21,7 +21,8 @@ class Poolings:
     def pool(self, plan: StepPlan, hidden: Tensor) -> dict[int, bytes]:
         """What a `StepResult` tells of the plan's rows: hidden states ``[T, H]`` of all its tokens.
 
-        A prompt's mean is summed up by who gets these, since here nothing is kept from one step to the next.
+        A prompt's mean is summed up by who gets these, since here nothing is kept from one step to the next. In double precision,
+        so that its numbers don't depend on how the prompt was cut.
         """
         if not self._asked:
             return {}
@@ -31,9 +32,9 @@ class Poolings:
             end = start + row.length
             pooling, prompt_len = self._asked.get(row.slot, (None, 0))
             if pooling == "mean":
-                pooled[number] = hidden[start:end].float().sum(dim=0)
+                pooled[number] = hidden[start:end].double().sum(dim=0)
             elif pooling == "last" and row.start + row.length == prompt_len:
-                pooled[number] = hidden[end - 1].float()
+                pooled[number] = hidden[end - 1].double()
             start = end
         if not pooled:
             return {}

@@ -49,7 +49,8 @@ def forward(
 
 
 class Runner:
-    """One model, its KV cache and the slots of the sequences that are running."""
+    """One model, its KV cache and the slots of the sequences that are running. ``agree``: makes sampled tokens, int64 ``[n]``, in
+    place, those of all who run the same steps."""
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class Runner:
         max_model_len: int,
         adapters: Adapters | None = None,
         drafter: Drafter | None = None,
+        agree: Callable[[Tensor], object] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         blocks = -(-max_model_len // backend.block_size)
@@ -75,6 +77,7 @@ class Runner:
         self._grammars = grammars
         self._drafter = drafter
         self._adapters = adapters
+        self._agree = agree
         self._clock = clock
 
     @torch.inference_mode()
@@ -153,6 +156,8 @@ class Runner:
         plain = plan.num_sampled
         rows = self._slots.rows(slots, inputs.positions[drawn] + 1, inputs.batch.max_context_len)
         tokens = self._sampler.sample(logits if mask is None else mask.apply(logits), rows)
+        if self._agree is not None:
+            self._agree(tokens)
         self._slots.tokens[rows.index, rows.positions] = tokens.int()
         scored = self._scores.sampled(logits[:plain], slots[:plain], tokens[:plain])
         sampled, computed = torch.stack([tokens, inputs.ids[drawn]]).tolist() if drafted else (tokens.tolist(), [])

@@ -27,10 +27,10 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 @torch.inference_mode()
 def expect(model: Model) -> list[Tensor]:
-    """The logits that `check` wants to see again: those of plain forward passes."""
+    """The logits that `check` wants to see again: those of plain forward passes, float32 on the CPU."""
     model.module.set_attn_implementation("eager")
     try:
-        return [model.module(input_ids=prompt[None], use_cache=False).logits[0].float() for prompt in _prompts(model)]
+        return [_told(model.module(input_ids=prompt[None], use_cache=False).logits[0]) for prompt in _prompts(model)]
     finally:
         model.module.set_attn_implementation(NAME)
 
@@ -39,12 +39,21 @@ def expect(model: Model) -> list[Tensor]:
 def check(model: Model, backend: type[AttentionBackend], block_size: int, expected: list[Tensor]) -> None:
     """Raises ModelRefused with the size of the difference when the two ways disagree."""
     ragged = _ragged(model, backend, block_size, _prompts(model), _CHUNKS)
-    error = max(float((ours - plain).norm() / plain.norm()) for ours, plain in zip(ragged, expected, strict=True))
+    compare(model, ragged, expected, "of a ragged batch", "it must hold state that isn't paged")
+
+
+def compare(model: Model, logits: list[Tensor], expected: list[Tensor], of: str, reason: str) -> None:
+    """Raises ModelRefused when logits ``of`` something are further from what is expected than rounding can explain."""
+    error = max(float((ours - plain).norm() / plain.norm()) for ours, plain in zip(logits, expected, strict=True))
     if not error <= _TOLERANCE[model.dtype]:
         raise ModelRefused(
-            f"{model.module.config.model_type}: logits of a ragged batch differ from a plain forward by {error:.1e} of "
-            f"their norm (at most {_TOLERANCE[model.dtype]:.0e} is rounding): it must hold state that isn't paged"
+            f"{model.module.config.model_type}: logits {of} differ from a plain forward by {error:.1e} "
+            f"of their norm (at most {_TOLERANCE[model.dtype]:.0e} is rounding): {reason}"
         )
+
+
+def _told(logits: Tensor) -> Tensor:
+    return logits.float().cpu()
 
 
 @torch.inference_mode()
@@ -103,7 +112,7 @@ def _ragged(
         rows = [Row(slot, done[slot], length, [], sample=True) for slot, length in enumerate(lengths) if length]
         inputs = slots.inputs(StepPlan(0, [], [], rows))
         keep = torch.arange(len(inputs.ids), device=model.device)
-        out = forward(model.module, backend, inputs, keep).float()
+        out = _told(forward(model.module, backend, inputs, keep))
         for row, piece in zip(rows, out.split([row.length for row in rows]), strict=True):
             logits[row.slot].append(piece)
             done[row.slot] += row.length

@@ -1,5 +1,6 @@
 """The benchmarks run, count right and agree with each other; their figures are looked at by people, not by tests."""
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -9,16 +10,21 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks import report
+from benchmarks import determinism, report, startup, startup_parts
 from benchmarks.blocks import BlocksFigures
-from benchmarks.determinism import DeterminismFigures
+from benchmarks.determinism import ConditionFigures, DeterminismFigures, WayFigures
 from benchmarks.fairness import FairnessFigures
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
 from benchmarks.speculation import SpeculationFigures
+from benchmarks.startup import StartupFigures
+from benchmarks.startup_parts import timed
 from benchmarks.workload import load, mixed
+from scheduler.config import Config, EngineConfig, ModelConfig
 from tests.workers.models import save, servable, tiny
 from tests.workers.test_grammar import EOS, TOKENIZER, VOCAB
+from workers.linear import PackedLinear
+from workers.packing import pack
 from workers.weights import demo_model
 
 pytestmark = pytest.mark.timeout(240)
@@ -49,6 +55,12 @@ def call(name: str, *arguments: str) -> dict:
         check=True,
     )
     return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("arguments", "told"), [(["--help"], "ladder"), (["blocks", "--help"], "--requests")])
+def test_help_is_of_the_command_or_of_the_benchmark(arguments, told):
+    command = [sys.executable, "-m", "scheduler.cli", "bench", *arguments]
+    assert told in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_engine_and_ladder_count_the_same_tokens(files, tmp_path):
@@ -111,9 +123,12 @@ def test_the_floor_of_decodes_looks_at_full_batches_only(files):
     alone, full = figures["batches"]
     assert alone["steps"] == 39, "all but the first token, which the prompt gives"
     assert 1 < full["steps"] <= 39
-    # Two layers, 32 wide, and the head; panels, as wide as the machine likes them, are padded and each has scales and biases.
+    # Two layers, 32 wide, and the head; panels are padded and each has scales and biases.
     weights = 4 * (2 * 32 * (32 + 16 + 16 + 32 + 3 * 48) + 32 * 97)
-    assert weights < figures["weight_bytes"] < 2 * weights
+    packed = tiny("llama")
+    pack(packed, "float32")
+    assert weights < figures["weight_bytes"]
+    assert figures["weight_bytes"] == sum(each.nbytes for each in packed.modules() if isinstance(each, PackedLinear))
     for batch in alone, full:
         assert 0 < batch["floor_ratio"] < 1
         assert 0 < batch["bandwidth_ratio"] < 1
@@ -189,20 +204,30 @@ def test_larger_blocks_leave_more_empty():
     assert report.blocks_table(msgspec.convert(figures, BlocksFigures).sizes).count("\n") == 6
 
 
-def test_determinism_finds_every_request_equal(served):
-    sizes = ("--requests", "6", "--output-tokens", "40", "--vocab", "97", "--rounds", "1", "--way", "plain-invariant")
-    figures = call(
-        "determinism", "--model", served, *sizes, "--condition", "preempted", "--condition", "service killed"
+async def test_determinism_finds_every_request_equal(served):
+    settings = Config(
+        model=ModelConfig(path=served, weights="plain"),
+        engine=EngineConfig(max_running=6, prefix_cache=False, batch_invariant=True),
     )
-    assert (figures["greedy"], figures["sampled"], figures["output_tokens"]) == (3, 3, 240)
-    (way,) = figures["ways"]
-    assert way["output_tokens_per_s"] > 0
-    assert [condition.pop("happened") > 0 for condition in way["conditions"]] == [True, True]
-    equal = {"greedy": 3, "sampled": 3, "bits": 6}
-    assert way["conditions"] == [{"condition": "preempted", **equal}, {"condition": "service killed", **equal}]
-    table = report.determinism_table(msgspec.convert(figures, DeterminismFigures)).splitlines()
-    assert [line.count("|") for line in table[:5]] == [4] * 5
+    found = await determinism.matrix(determinism.requests(6, 40, 97), settings, ("preempted",))
+    assert found == [ConditionFigures("preempted", greedy=3, sampled=3, bits=6, happened=found[0].happened)]
+    assert found[0].happened > 0
+    figures = DeterminismFigures(3, 3, 300, 240, 1, [WayFigures("plain-invariant", 9.0, found)])
+    table = report.determinism_table(figures).splitlines()
+    assert [line.count("|") for line in table[:4]] == [4] * 4
     assert "| 6; 6 to the bit |" in table[2]
+
+
+async def test_a_start_is_timed_and_so_are_its_parts(tmp_path):
+    model = servable(tmp_path, vocab_size=49152)
+    shutil.copy(demo_model() / "chat_template.jinja", model)
+    start = await startup.start(str(model), "Hi")
+    assert 0 < start.broker_s < start.online_s < start.first_token_s
+    worker = await asyncio.to_thread(timed, startup_parts.worker(str(model)))
+    service = await asyncio.to_thread(timed, startup_parts.service(str(model)))
+    assert min(*worker.values(), *service.values()) > 0
+    table = report.startup_text(StartupFigures(1, start, 9.0, worker, service)).splitlines()[2:]
+    assert [line.count("|") for line in table] == [5] * (2 + len(worker))
 
 
 def test_prefix_counts_what_is_computed_and_of_whom(served):
@@ -210,8 +235,8 @@ def test_prefix_counts_what_is_computed_and_of_whom(served):
     figures = bench("prefix", "--model", served, *sizes, "--rounds", "1", "--prompts", "2")
     assert figures["uncached"]["computed_prompt_tokens"] == 6 * 74
     computed = figures["cached"]["computed_prompt_tokens"]
-    # Those that came in time for one step find nothing of each other.
-    assert computed in [6 * 10 + 64 * at_once for at_once in range(1, 6)]
+    # Those that begin before the first one's result is there find nothing of each other: the 4 that run at most.
+    assert computed in [6 * 10 + 64 * at_once for at_once in (1, 2, 3, 4)]
     assert figures["saved"] == 1 - computed / 444
     isolation = figures["isolation"]
     assert [isolation[name]["computed_prompt_tokens"] for name in ("cold", "warm", "other")] == [74, 74 - 64, 74]

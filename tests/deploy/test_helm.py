@@ -7,14 +7,14 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
-from helm_python import HelmValuesError
+from helm_python import HelmRenderError, HelmValuesError
 from helm_python.chart import Chart, lint
 
 from scheduler.config import load
 
 CHART = Path(__file__).parents[2] / "deploy/helm/tokenbus"
 EVERYTHING = {
-    "gpu": {"count": 1},
+    "gpu": {"count": 2},
     "modelClaim": "models",
     "imagePullSecrets": [{"name": "registry"}],
     "nodeSelector": {"pool": "gpu"},
@@ -25,12 +25,14 @@ EVERYTHING = {
     "autoscaling": {"enabled": True, "maxQueueAgeS": 2.5},
     "secrets": {"metrics": "tokenbus-metrics"},
     "settings": {
-        "model": {"path": "/models/llama", "alias": "llama"},
+        "model": {"path": "/models/llama", "alias": "llama", "tensor_parallel": 2},
+        "journal": {"url": "postgresql://tokenbus@postgres/tokenbus"},
         "engine": {"max_running": 32, "shared_prefixes": ["You are terse."]},
         "service": {"drain_s": 120.5},
         "tenants": {"alice": {"weight": 2, "tokens_per_min": 60000}},
     },
 }
+SHARED = {"journal": EVERYTHING["settings"]["journal"]}
 
 
 def render(**values: object) -> dict[str, dict]:
@@ -142,10 +144,25 @@ def test_it_is_restricted_as_pod_security_wants():
 
 
 def test_what_is_autoscaled_has_no_count_of_its_own():
-    assert render(replicas=3)["StatefulSet"]["spec"]["replicas"] == 3
+    assert render(replicas=3, settings=SHARED)["StatefulSet"]["spec"]["replicas"] == 3
     assert "replicas" not in render(**EVERYTHING)["StatefulSet"]["spec"]
 
 
 def test_a_gpu_is_asked_for_beside_the_other_limits():
-    (container,) = pod(gpu={"count": 2, "resource": "amd.com/gpu"})["spec"]["containers"]
+    two = {"model": {"tensor_parallel": 2}}
+    (container,) = pod(gpu={"count": 2, "resource": "amd.com/gpu"}, settings=two)["spec"]["containers"]
     assert container["resources"]["limits"] == {"memory": "8Gi", "amd.com/gpu": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"replicas": 2}, r"settings\.journal\.url: must be given for more than one replica"),
+        ({"autoscaling": {"enabled": True}}, r"settings\.journal\.url: must be given for more than one replica"),
+        ({"gpu": {"count": 2}}, r"gpu\.count: must be settings\.model\.tensor_parallel, 1"),
+        ({"gpu": {"count": 1}, "settings": {"model": {"tensor_parallel": 2}}}, r"gpu\.count: must be .*, 2"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(values, message):
+    with pytest.raises(HelmRenderError, match=message):
+        render(**values)

@@ -308,9 +308,8 @@ async def test_top_goes_on_until_it_is_interrupted(running: Service):
     )
     os.close(its)
     shown, interrupted = b"", False
-    with contextlib.suppress(
-        OSError
-    ):  # at its end nobody has the other side open; until then what it writes must be read
+    # What it writes must be read until its end, when nobody has the other side open.
+    with contextlib.suppress(OSError):
         while True:
             shown += await asyncio.to_thread(os.read, ours, 65536)
             if not interrupted and shown.count(b"of 8 running") >= 3:

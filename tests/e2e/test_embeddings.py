@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)
 
 PAGE = (Path(__file__).parents[2] / "docs" / "embeddings.md").read_text()
 #: Longer than a step, which has 64 tokens here.
-STORY = "Once upon a time there was a bus that many rode at once. " * 12
+STORY = "Once upon a time there was a bus that many rode at once. " * 6
 TEXTS = [STORY, "The sky is blue.", "Grass is green.", "Why?"]
 CONTEXT = STORY + "At every stop some got off, and"
 
@@ -103,7 +103,7 @@ async def test_as_base64_and_from_token_ids_it_is_the_same_vector(running):
 
 
 async def test_scores_are_transformers_own_and_a_context_is_read_once(running):
-    texts = [" others got on.", " the driver slept.", " so did I. " + STORY]
+    texts = [" others got on.", " the driver slept.", " so did I."]
     before = await metrics(running)
     async with Client(running.broker_url, tenant="scoring") as client:
         results = [await client.complete(ScoreRequest(context=CONTEXT, text=text), model="smollm2") for text in texts]
@@ -180,7 +180,7 @@ async def test_an_id_is_joined_and_replayed_and_is_of_one_kind(running):
 
 
 BAD = [
-    ("embed", {"prompt": "a"}, "body", "missing required field `input`"),
+    ("embed", {}, "body", "missing required field `input`"),
     ("embed", {"input": "a", "temperature": 0}, "body", "unknown field `temperature`"),
     ("embed", {"input": ["a", ""]}, "input", "empty"),
     ("embed", {"input": [1, "a"]}, "input", "mixture"),
@@ -190,7 +190,7 @@ BAD = [
     ("embed", {"input": "a", "dimensions": 64}, "dimensions", "576"),
     ("embed", {"input": "a", "encoding_format": "hex"}, "encoding_format", "hex"),
     ("embed", {"input": "a", "model": "other"}, "model", "smollm2"),
-    ("score", {"input": "a"}, "body", "missing required field `text`"),
+    ("score", {"input": "a"}, "body", "unknown field `input`"),
     ("score", {"text": ""}, "text", "empty"),
     ("score", {"text": [5]}, "text", "another one before it"),
     ("score", {"text": "a", "context": [5]}, "context", "whichever"),

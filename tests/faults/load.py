@@ -57,5 +57,6 @@ async def ask(
     async with asyncio.TaskGroup() as group:
         for number, (id, request) in enumerate(asked.items()):
             tasks[id] = group.create_task(one(clients[number % len(clients)], id, request), name=id)
-            await asyncio.sleep(every_s)
+            if every_s:
+                await asyncio.sleep(every_s)
     return {id: task.result() for id, task in tasks.items()}

@@ -113,6 +113,11 @@ class ServiceProcess:
         (worker,) = psutil.Process(self.process.pid).children()
         return worker.pid
 
+    @property
+    def rank_pids(self) -> list[int]:
+        """Of the processes beside the worker that share its model."""
+        return [process.pid for process in psutil.Process(self.worker_pid).children()]
+
     async def until_ready(self) -> None:
         async with asyncio.timeout(_UP_S):
             while (await self.ask("/readyz"))[0] != 200:

@@ -16,6 +16,7 @@ from protocol.errors import ErrorBody, RequestError
 from protocol.replies import Accepted, Cancelled, Chunk, Expired, Reply
 from protocol.request import Request, encode_request
 from protocol.transport import BrokerAddress, Transport
+from scheduler.journal.row import load
 from tests.faults.service import Ear, ServiceProcess
 
 pytestmark = pytest.mark.timeout(120)
@@ -96,9 +97,10 @@ async def test_a_request_expires_with_its_message(tmp_path, broker, model):
 
 def journalled_deadline(journal: Path, id: str) -> float:
     with sqlite3.connect(journal) as database:
-        ((body,),) = database.execute("SELECT body FROM requests WHERE id = ?", (f"alice/{id}",))
+        columns = "id, accepted_at, attempt, trials, listeners, body, reply"
+        (row,) = database.execute(f"SELECT {columns} FROM requests WHERE id = ?", (f"alice/{id}",))
     database.close()
-    return msgspec.msgpack.decode(body)[-1]
+    return load(row, []).expires_at
 
 
 async def test_the_time_a_message_waits_at_the_broker_counts(tmp_path, broker, model):

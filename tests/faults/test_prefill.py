@@ -46,7 +46,7 @@ async def complete(client: Client, asked: dict, prefix: str = "") -> dict[str, R
 
 
 async def test_killing_the_worker_then_the_service_costs_nobody_an_answer(tmp_path, broker, model):
-    asked, texts = prefills(48), requests(8)
+    asked, texts = prefills(24), requests(4, longest=200)
     async with (
         ServiceProcess(tmp_path, model, broker.url) as service,
         Client(broker.url, tenant="alice") as alice,
@@ -59,7 +59,7 @@ async def test_killing_the_worker_then_the_service_costs_nobody_an_answer(tmp_pa
         asking_texts = asyncio.create_task(ask([bob], texts, on_chunk=begun.set), name="texts")
         await begun.wait()
         asking = asyncio.create_task(complete(alice, asked), name="prefills")
-        while not (await service.metrics())["tokenbus_outstanding_requests"] > 40:
+        while not (await service.metrics())["tokenbus_outstanding_requests"] > 20:
             pass
         os.kill(service.worker_pid, signal.SIGKILL)
         while not (await service.metrics())["tokenbus_worker_restarts_total"]:
@@ -81,5 +81,5 @@ async def test_killing_the_worker_then_the_service_costs_nobody_an_answer(tmp_pa
     assert max(result.attempt for result in results.values()) == 2
     assert metrics['tokenbus_requests_total{outcome="computed"}'] > 0
     for id, result in results.items():
-        assert told(result) == pytest.approx(told(expected[id]), abs=1e-4), id
+        assert told(result) == told(expected[id]), id
         assert len(ear.terminal(id)) == (3 if id == "mean0" else 1)

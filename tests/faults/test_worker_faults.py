@@ -101,27 +101,31 @@ async def test_a_request_that_kills_the_service_too_is_quarantined_after_some_re
     assert starts == 4, "two to become a suspect, two on trial"
 
 
-async def test_kill_9_of_the_worker_in_the_middle_of_a_step(tmp_path, broker, model):
-    asked = requests(32)
+@pytest.mark.parametrize(
+    ("ranks", "asked", "deaths"), [(1, requests(32), (30, 120)), (2, requests(12, longest=80), (12,))], ids=["1", "2"]
+)
+async def test_kill_9_of_the_worker_in_the_middle_of_a_step(tmp_path, broker, model, ranks, asked, deaths):
+    """Where several processes share the model, of one that the service doesn't know."""
     chunks = 0
 
-    def count() -> None:
+    def strike() -> None:
         nonlocal chunks
         chunks += 1
-        if chunks in (30, 120):
-            os.kill(service.worker_pid, signal.SIGKILL)
+        if chunks in deaths:
+            (victim,) = service.rank_pids if ranks > 1 else (service.worker_pid,)
+            os.kill(victim, signal.SIGKILL)
 
     async with (
-        ServiceProcess(tmp_path, model, broker.url) as service,
+        ServiceProcess(tmp_path, model, broker.url, model__tensor_parallel=ranks) as service,
         Client(broker.url, tenant="alice") as client,
     ):
         pid = service.process.pid
         expected = {id: result.text for id, result in (await ask([client], asked, "reference-")).items()}
-        results = await ask([client], asked, on_chunk=count)
+        results = await ask([client], asked, on_chunk=strike)
         metrics = await service.settled()
         assert service.process.pid == pid
     assert {id: result.text for id, result in results.items()} == expected
-    assert metrics["tokenbus_worker_restarts_total"] == 2
+    assert metrics["tokenbus_worker_restarts_total"] == len(deaths)
 
 
 @pytest.mark.parametrize("busy", [True, False])

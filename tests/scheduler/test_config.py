@@ -91,6 +91,16 @@ def test_speculation_is_off_unless_told_and_drafts_less_than_a_block():
         load(flags={"engine.speculation": "ngram", "engine.max_draft": "16"})
 
 
+def test_what_does_not_go_with_tensor_parallel_is_refused(tmp_path):
+    assert load(flags={"model.tensor_parallel": "2", "model.device": "cuda"}).worker().tensor_parallel == 2
+    with pytest.raises(ConfigError, match=r"model\.device: must be of no number with model\.tensor_parallel"):
+        load(flags={"model.tensor_parallel": "2", "model.device": "cuda:1"})
+    file = tmp_path / "tokenbus.toml"
+    file.write_text('[model]\ntensor_parallel = 2\nadapters = {terse = "/adapters/terse"}\n')
+    with pytest.raises(ConfigError, match=r"model\.adapters: must be empty with model\.tensor_parallel"):
+        load(file)
+
+
 def test_unreadable_files_are_named(tmp_path):
     file = tmp_path / "broken.toml"
     file.write_text("[engine")

@@ -35,6 +35,12 @@ class Worker:
     async def __aexit__(self, *_):
         pass
 
+    async def launch(self) -> None:
+        pass
+
+    async def get_ready(self) -> None:
+        pass
+
     def send(self, plan: StepPlan) -> None:
         self.sent.append(plan)
 

@@ -43,7 +43,7 @@ def entry(request: AnyRequest, chat: Chat) -> Entry:
 
 
 def vector(*numbers: float) -> bytes:
-    return struct.pack(f"={len(numbers)}f", *numbers)
+    return struct.pack(f"={len(numbers)}d", *numbers)
 
 
 def embedded(request: EmbeddingRequest, chat: Chat, *parts: tuple[str, int, bytes]) -> CreateEmbeddingResponse:
@@ -164,7 +164,7 @@ def test_a_whole_context_may_be_read(chat):
 
 @pytest.mark.parametrize(
     "request_",
-    [EmbeddingRequest(input=["a", "b"], pooling="mean"), ScoreRequest(text="b", context="a"), Request(prompt="a")],
+    [EmbeddingRequest(input=["a", "b"], pooling="mean"), ScoreRequest(text=" b", context="a"), Request(prompt="a")],
 )
 def test_the_journal_keeps_every_kind(chat, request_):
     kept = msgspec.structs.replace(entry(request_, chat), listeners=[])

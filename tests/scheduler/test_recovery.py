@@ -97,8 +97,11 @@ class Worker:
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     release: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def __aenter__(self):
-        return self
+    async def launch(self):
+        pass
+
+    async def get_ready(self):
+        pass
 
     async def __aexit__(self, *_):
         pass

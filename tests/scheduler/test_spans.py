@@ -1,6 +1,7 @@
 """What a collector is told of a request, and what it isn't."""
 
 import asyncio
+import struct
 import subprocess
 import sys
 from contextlib import suppress
@@ -11,12 +12,14 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from protocol.errors import ServiceError
 from protocol.openai import Answer, answer
+from protocol.prefill import EmbeddingRequest
 from protocol.replies import Cancelled, Failed, Result, Terminal
 from protocol.request import Message, Request
 from scheduler.config import ConfigError, TracingConfig, load
 from scheduler.generation import Generation
 from scheduler.journal.entry import Entry, Listener
 from scheduler.journal.sqlite import SqliteJournal
+from scheduler.prefill import EmbeddingPrefill
 from scheduler.tracing import NoTracing, tracing
 from tests.collector import PHASES, Collector, attributes
 from tests.scheduler.test_recovery import Process, entry, leave
@@ -91,6 +94,21 @@ async def test_it_is_told_what_was_asked_for_and_used_but_not_what_was_said(coll
     assert SECRET.encode() not in export.SerializeToString()
     resource = {pair.key: pair.value.string_value for pair in export.resource_spans[0].resource.attributes}
     assert (resource["service.name"], resource["service.instance.id"]) == ("tokenbus", "main")
+
+
+async def test_an_embedding_has_no_parameters_of_sampling(collector):
+    entry = msgspec.structs.replace(generation().entry, request=EmbeddingRequest(input=SECRET))
+    run = EmbeddingPrefill(entry=entry, accepted_at=1.0, lengths={entry.id: 2}, started_at=2.0)
+    run.pool(entry.id, 1, struct.pack("=2d", 3, 4))
+    run.complete()
+    await record(collector, run, run.result(NOW))
+    (root,) = collector.roots()
+    assert root.name == "embeddings tiny"
+    told = attributes(root)
+    assert (told["gen_ai.usage.input_tokens"], told["gen_ai.usage.output_tokens"]) == (2, 0)
+    assert (told["gen_ai.operation.name"], told["tokenbus.outcome"]) == ("embeddings", "result")
+    assert not [name for name in told if "temperature" in name or "finish" in name]
+    assert {span.name for span in collector.within(root)} == {"queue", "prefill", "publish"}
 
 
 async def test_a_chat_is_told_from_a_completion(collector):

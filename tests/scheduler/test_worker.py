@@ -101,3 +101,10 @@ async def test_a_real_one_skips_what_follows_a_failure_and_goes_on_with_what_com
         worker.send(step(5, GOOD))
         with pytest.raises(WorkerDied, match="ended with status -9"):
             await worker.receive()
+
+
+async def test_a_worker_that_still_loads_leaves_at_once():
+    worker = Worker(Config().worker(), patience_s=60)
+    await worker.launch()
+    await worker.__aexit__(None, None, None)
+    assert worker._process.returncode == -signal.SIGKILL

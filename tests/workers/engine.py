@@ -19,6 +19,7 @@ from scheduler.core.sequence import Sequence
 from scheduler.core.speculation import Speculation
 from scheduler.journal.entry import sequence_id
 from scheduler.sampling import seed_of
+from workers import tensor_parallel
 from workers.attention import choose
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
@@ -27,11 +28,15 @@ from workers.invariant import fix_shapes, one_by_one
 from workers.lora import Adapters
 from workers.model import Model, adopt
 from workers.packing import pack
+from workers.ranks import Ranks
 from workers.runner import Runner
 
 
 class LocalEngine:
-    """``draft``: ``ngram``, or a draft model; then at most ``max_draft`` tokens are drafted, in steps of less than ``cheap``."""
+    """``draft``: ``ngram``, or a draft model; then at most ``max_draft`` tokens are drafted, in steps of less than ``cheap``.
+
+    ``ranks``: of these only this one's share; all of them must be told the same.
+    """
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class LocalEngine:
         adapters: Mapping[str, Path] | None = None,
         max_adapters: int = 8,
         batch_invariant: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         def backend(model: Model):
             kind = choose(
@@ -63,6 +69,9 @@ class LocalEngine:
             return kind(model.layers, blocks, block_size, torch.float32, model.device)
 
         model = adopt(module, Path())
+        agree = None
+        if ranks is not None:
+            model, agree = tensor_parallel.share(model, ranks, model.device), tensor_parallel.agree
         loaded = Adapters(model.module, adapters or {}, max_adapters)
         pack(model.module, weights)
         if batch_invariant:
@@ -70,7 +79,7 @@ class LocalEngine:
         drafter: Drafter | None = NGram() if draft == "ngram" else None
         if isinstance(draft, PreTrainedModel):
             guessing = adopt(draft, Path())
-            drafter = DraftModel(guessing, backend(guessing))
+            drafter = DraftModel(guessing, backend(guessing), agree=agree)
         pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
         speculation = Speculation(max_draft, cheap) if drafter else None
         limits = Limits(running, budget, longest, max_adapters)
@@ -84,6 +93,7 @@ class LocalEngine:
             max_model_len=longest,
             adapters=loaded,
             drafter=drafter,
+            agree=agree,
         )
         self.outputs: dict[str, list[int]] = {}
         self.scored: dict[str, list[Scored]] = {}
@@ -102,6 +112,7 @@ class LocalEngine:
         *,
         adapter: str = "",
         choices: int = 1,
+        priority: int = 0,
     ) -> None:
         sampling = sampling or Sampling()
         sequences = [
@@ -112,6 +123,7 @@ class LocalEngine:
                 stop_ids=stop,
                 sampling=msgspec.structs.replace(sampling, seed=seed_of(sampling.seed, index)),
                 adapter=adapter,
+                priority=priority,
             )
             for index in range(choices)
         ]

@@ -24,9 +24,18 @@ SAMPLINGS = [
     Sampling(1.0, seed=3),
     Sampling(0.8, top_k=20, top_p=0.9, min_p=0.02, seed=4),
     Sampling(1.2, typical_p=0.8, presence_penalty=0.5, seed=5),
-    Sampling(0.7, frequency_penalty=0.5, logit_bias=((7, 2.0),), seed=6),
+    # Of three tokens only, so that it repeats itself and look-up finds something.
+    Sampling(0.7, frequency_penalty=0.1, logit_bias=((7, 50.0), (8, 50.0), (9, 50.0)), seed=6),
 ]
-LENGTH = 20
+LENGTH = 40
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def prompts() -> list[list[int]]:
@@ -43,7 +52,7 @@ class Run:
     """What came of all requests: tokens, and with ``scores`` their log probabilities."""
 
     def __init__(self, way: dict, *, scores: bool = True, **sizes):
-        self.engine = LocalEngine(tiny("llama", **WIDE), **{"longest": 96, **way, **sizes})
+        self.engine = LocalEngine(tiny("llama", **WIDE), **{"longest": 128, **way, **sizes})
         self._scores = scores
 
     def submit(self, number: int) -> None:
@@ -85,7 +94,7 @@ def test_in_a_batch_however_prompts_are_cut(way, alone, budget):
 
 
 def test_preempted(way, alone):
-    run = Run(way, running=6, blocks=14).all_at_once()
+    run = Run(way, running=6, blocks=18).all_at_once()
     assert run.told() == alone
     assert run.engine.batcher.counters.preemptions > 0
 
@@ -97,7 +106,7 @@ def test_with_the_prefix_cache(way, alone):
 
 
 def test_killed_and_resumed_by_another_worker(way, alone):
-    run, other = Run(way).all_at_once(steps=20), Run(way)
+    run, other = Run(way, budget=64).all_at_once(steps=9), Run(way, budget=64)
     assert all(0 < len(tokens) < LENGTH for tokens in run.engine.outputs.values())
     run.engine.batcher.restart()
     run.engine.runner = other.engine.runner
@@ -106,7 +115,7 @@ def test_killed_and_resumed_by_another_worker(way, alone):
 
 
 def test_killed_and_resumed_by_another_service(way, alone):
-    run, other = Run(way).all_at_once(steps=20), Run(way)
+    run, other = Run(way, budget=64).all_at_once(steps=9), Run(way, budget=64)
     for sequence in run.engine.batcher._sequences.values():
         other.engine.outputs[sequence.id] = sequence.output
         other.engine.scored[sequence.id] = run.engine.scored[sequence.id]

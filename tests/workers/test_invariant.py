@@ -22,6 +22,7 @@ from workers.attention.reference import ReferenceAttention
 from workers.invariant import FixedShapes, fix_shapes, one_by_one
 from workers.model import ModelRefused, adopt
 from workers.packing import pack
+from workers.ranks import Ranks
 
 BIAS, WEIGHT = torch.randn(40), torch.randn(40, 300)
 OPERATIONS = {
@@ -86,8 +87,10 @@ def test_every_served_model_can_be_made_exact(kind, attention):
     selftest.check(model, backend, 8, expected)
 
 
-def test_a_model_whose_layers_are_all_ours_is_exact_as_it_is():
-    model = adopt(tiny("llama"), Path())
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"])
+def test_a_model_whose_layers_are_all_ours_is_exact_as_it_is(kind):
+    """Those that docs/determinism.md names."""
+    model = adopt(tiny(kind), Path())
     pack(model.module, "auto")
     selftest.check_invariant(model, CpuAttention, 8, 130)
 
@@ -116,13 +119,13 @@ def config(model: Path, **settings) -> WorkerConfig:
     "settings", [{"weights": "plain"}, {"dtype": "bfloat16"}, {"weights": "int8"}], ids=["plain", "bfloat16", "int8"]
 )
 def test_a_worker_starts_exact(tmp_path, settings):
-    start(config(save(tiny("llama", hidden_size=256), tmp_path), **settings))
+    start(config(save(tiny("llama", hidden_size=256), tmp_path), **settings), Ranks(1))
 
 
 def test_what_can_not_be_proven_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("workers.__main__.fix_shapes", lambda _: None)
     with pytest.raises(ModelRefused, match="can't be served with batch_invariant"):
-        start(config(save(tiny("llama", hidden_size=256), tmp_path), weights="plain"))
+        start(config(save(tiny("llama", hidden_size=256), tmp_path), weights="plain"), Ranks(1))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

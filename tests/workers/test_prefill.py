@@ -15,7 +15,7 @@ from tests.workers.engine import LocalEngine, workload
 from tests.workers.models import SERVED, generate, tiny
 
 MEAN, LAST = Sampling(pooling="mean"), Sampling(pooling="last")
-TIGHT = {"running": 6, "budget": 13, "blocks": 14, "longest": 100, "prefix_cache": True}
+TIGHT = {"running": 3, "budget": 9, "blocks": 16, "longest": 96, "prefix_cache": True}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,26 +66,28 @@ def expect(engine: LocalEngine, kind: str, id: str, prompt: list[int]) -> None:
 
 @pytest.mark.parametrize("kind", sorted(SERVED))
 def test_of_every_family_among_generations_in_chunks_with_preemptions_and_a_prefix_cache(kind):
-    requests = workload(seed=5, count=10, vocab=97, longest_prompt=60, longest_output=30)
+    requests = workload(seed=5, count=10, vocab=97, longest_prompt=30, longest_output=12)
     beginning = requests[0][0][:17]
-    prompts = [(beginning + prompt)[:60] for prompt, _ in requests]
+    prompts = [beginning + prompt for prompt, _ in requests]
     model = tiny(kind)
-    expected = {f"text{n}": generate(model, prompts[n], length) for n, (_, length) in enumerate(requests) if n % 3 == 0}
+    expected = {f"text{n}": generate(model, prompts[n], length) for n, (_, length) in enumerate(requests) if n % 2 == 0}
     arrivals = random.Random(7)
     engine = LocalEngine(model, **TIGHT)
     for number, (_, length) in enumerate(requests):
-        if number % 3 == 0:
-            engine.submit(f"text{number}", prompts[number], length)
         engine.submit(f"mean{number}", prompts[number], 0, MEAN)
         engine.submit(f"last{number}", prompts[number], 0, LAST)
         engine.submit(f"score{number}", prompts[number], 0, Sampling(prompt_logprobs=1, score_from=9))
-        for _ in range(arrivals.randint(0, 6)):
+        for _ in range(arrivals.randint(1, 4)):
             engine.step()
+        if number % 2 == 0:  # whoever is being prefilled gives way
+            engine.submit(f"text{number}", prompts[number], length, priority=1)
     outputs = engine.finish(ahead=2)
     assert {id: output for id, output in outputs.items() if output} == expected
     assert engine.batcher.counters.preemptions > 0
     assert engine.batcher.counters.cached_tokens > 0
-    assert max(len(engine.pooled[f"mean{number}"]) for number in range(10)) > 1, "in several chunks"
+    starts = [[start for start, _ in engine.pooled[f"mean{number}"]] for number in range(10)]
+    assert max(map(len, starts)) > 4, "in several chunks"
+    assert max(each.count(0) for each in starts) == 2, "one of them twice"
     for number, prompt in enumerate(prompts):
         expect(engine, kind, f"mean{number}", prompt)
         expect(engine, kind, f"last{number}", prompt)
@@ -121,6 +123,30 @@ def test_after_a_failure_nothing_is_counted_twice_or_left_out(lost):
     for number, prompt in enumerate(prompts):
         expect(engine, "llama", f"mean{number}", prompt)
         expect(engine, "llama", f"last{number}", prompt)
+
+
+def test_the_numbers_are_the_same_to_the_bit_however_the_batch_is_made_up():
+    """Where logits are: all layers of this model are ours."""
+    requests = workload(seed=9, count=6, vocab=97, longest_prompt=80)
+    asked = {"mean": MEAN, "last": LAST, "score": Sampling(prompt_logprobs=2)}
+    told = []
+    for together, limits in ((False, {"budget": 128}), (True, {"budget": 128}), (True, TIGHT), (True, {"budget": 9})):
+        engine = LocalEngine(tiny("llama"), **limits)
+        for number, (prompt, length) in enumerate(requests):
+            if together:
+                engine.submit(f"text{number}", prompt, min(length, 12))
+            for what, sampling in asked.items():
+                engine.submit(f"{what}{number}", prompt, 0, sampling)
+                if not together:
+                    engine.finish()
+        engine.finish(ahead=2)
+        vectors = [
+            embedding(engine, f"{what}{number}", prompt, what, normalize=True).tolist()
+            for number, (prompt, _) in enumerate(requests)
+            for what in ("mean", "last")
+        ]
+        told.append((vectors, engine.prompts))
+    assert all(each == told[0] for each in told)
 
 
 def test_scores_take_memory_for_a_few_places_only():

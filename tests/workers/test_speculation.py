@@ -10,6 +10,7 @@ from tests.workers.models import generate, save, tiny
 from workers.__main__ import start
 from workers.drafts import judge, look_up
 from workers.model import ModelRefused
+from workers.ranks import Ranks
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -195,4 +196,4 @@ def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path):
         max_model_len=None,
     )
     with pytest.raises(ModelRefused, match="has 50 tokens and the model 97"):
-        start(config)
+        start(config, Ranks(1))

@@ -17,6 +17,7 @@ from protocol.plan import (
     frame,
 )
 from workers import __main__ as worker
+from workers.ranks import Ranks
 
 
 class Runner:
@@ -36,13 +37,27 @@ class Runner:
 def work(runner: Runner, *commands, pipe: type[io.BytesIO] = io.BytesIO) -> list:
     """Every reply to these commands."""
     replies = io.BytesIO()
-    worker.work(runner, pipe(b"".join(map(frame, commands))), replies)
+    worker.work(runner, Ranks(1), pipe(b"".join(map(frame, commands))), replies)
     replies.seek(0)
     return [decode_reply(replies.read(body_length(header))) for header in iter(lambda: replies.read(HEADER_BYTES), b"")]
 
 
 def plan(step: int) -> StepPlan:
     return StepPlan(step, [], [], [])
+
+
+class Beside(Ranks):
+    """There are others; leaving is noted."""
+
+    def leave(self, status: int) -> None:
+        raise SystemExit(status)
+
+
+def test_a_rank_whose_step_fails_ends_without_an_answer():
+    replies = io.BytesIO()
+    with pytest.raises(SystemExit, match="1"):
+        worker.work(Runner(0), Beside(2), io.BytesIO(frame(plan(0)) + frame(plan(1))), replies)
+    assert replies.getvalue() == b""
 
 
 def test_plans_made_before_a_failure_was_known_are_neither_executed_nor_answered():

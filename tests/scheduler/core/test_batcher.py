@@ -48,7 +48,7 @@ def test_long_prompt_is_cut_into_chunks_and_samples_only_at_its_end():
 
 
 def test_what_generates_nothing_ends_with_its_prompt_and_samples_nothing():
-    batcher = make(budget=8, blocks=5)
+    batcher = make(budget=8, blocks=7)
     batcher.submit(sequence("a", 20, max_tokens=0))
     batcher.submit(sequence("b", 4, max_tokens=0))
     plans = []
