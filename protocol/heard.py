@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from protocol.errors import ServiceError
-from protocol.openai import ChatChoice, ChatCompletion, TextChoice, piece
+from protocol.openai import ChatChoice, ChatCompletion, EmbeddingList, TextChoice, piece
 from protocol.replies import Chunk, Result
 
 
@@ -42,7 +42,7 @@ class Heard:
         """
         chunks: list[Chunk] = []
         lossy = self._chunks < result.chunks
-        for whole in result.data.choices:
+        for whole in result.choices:
             heard = self._choices[whole.index]
             rest = whole.text.removeprefix(heard.text)
             if heard.text + rest != whole.text:
@@ -53,6 +53,7 @@ class Heard:
 
 
 def _rest(result: Result, whole: ChatChoice | TextChoice, heard: _Choice, text: str, seq: int) -> Chunk:
+    assert not isinstance(result.data, EmbeddingList)
     data = piece(
         chat=isinstance(result.data, ChatCompletion),
         request_id=result.request_id,

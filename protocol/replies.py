@@ -11,6 +11,7 @@ import msgspec
 from protocol.chat import ToolCall
 from protocol.errors import ErrorBody
 from protocol.openai import (
+    ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
     EmbeddingList,
@@ -74,14 +75,19 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
     attempt: int = 1
 
     @property
+    def choices(self) -> Sequence[ChatChoice | TextChoice]:
+        """None of embeddings."""
+        return [] if isinstance(self.data, EmbeddingList) else self.data.choices
+
+    @property
     def text(self) -> str:
         """Empty for embeddings."""
-        return "" if isinstance(self.data, EmbeddingList) else self.data.choices[0].text
+        return self.choices[0].text if self.choices else ""
 
     @property
     def texts(self) -> list[str]:
         """Of all choices."""
-        return [] if isinstance(self.data, EmbeddingList) else [choice.text for choice in self.data.choices]
+        return [choice.text for choice in self.choices]
 
     @property
     def embeddings(self) -> list[list[float]]:

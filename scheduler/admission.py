@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from protocol.errors import BadRequest, Busy
+from protocol.request import Request
 from scheduler.generation import context_exceeded
 from scheduler.journal.entry import Entry
 from scheduler.quotas import Account, Quota
@@ -135,8 +136,9 @@ def _held(entry: Entry) -> int:
 
 def _check_choices(entry: Entry, most: int) -> None:
     """Raises BadRequest for a request for more choices than the service generates for one."""
-    if entry.request.num_choices > most:
-        raise BadRequest("n" if entry.request.best_of is None else "best_of", f"must be at most {most} here")
+    request = entry.request
+    if isinstance(request, Request) and request.num_choices > most:
+        raise BadRequest("n" if request.best_of is None else "best_of", f"must be at most {most} here")
 
 
 def _check_context(entry: Entry, quota: Quota) -> None:

@@ -103,7 +103,6 @@ class Generation:
             generation.completion_tokens += len(piece.tokens)
             generation._close_piece(generation.choices[piece.choice])
         generation.published = len(entry.pieces)
-        entry.pieces = []
         return generation
 
     @property

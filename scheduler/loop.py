@@ -15,9 +15,10 @@ from typing import Self
 from protocol.plan import Scored, StepFailure, StepResult, Work, WorkerConfig, WorkerInfo
 from protocol.transport import delays
 from scheduler.budget import Budget
-from scheduler.core.batch import Draft, Limits
+from scheduler.core.batch import Limits
 from scheduler.core.batcher import Batcher, TokenEvent
 from scheduler.core.blocks import BlockPool
+from scheduler.core.draft import Draft
 from scheduler.core.policies.base import Policy
 from scheduler.core.sequence import Sequence
 from scheduler.core.speculation import Speculation

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from itertools import chain
 from pathlib import Path
 
 from protocol import replies, topics
@@ -303,8 +302,7 @@ def _turns(journal: Journal, engine: Engine, chat: Chat, max_running: int) -> tu
 
     def cached(entry: Entry) -> float:
         _, families = run_of(entry, chat, engine.info, engine.now())
-        sequences = list(chain.from_iterable(families))
-        return sum(map(engine.batcher.pool.cached_len, sequences)) / sum(sequence.prompt_len for sequence in sequences)
+        return sum(engine.batcher.pool.cached_len(first) for first, *_ in families) / len(entry.prompt)
 
     number = journal.number if isinstance(journal, PostgresJournal) else 0
     return Turns(number, load, cached), load

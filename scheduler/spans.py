@@ -19,7 +19,6 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from protocol.kinds import AnyRequest
-from protocol.openai import EmbeddingList
 from protocol.prefill import EmbeddingRequest, ScoreRequest
 from protocol.replies import Failed, Result, Terminal
 from protocol.request import Request
@@ -135,14 +134,10 @@ def _sampling(request: Request, reply: Terminal) -> dict[str, AttributeValue | N
         "gen_ai.request.top_k": request.top_k,
         "gen_ai.request.seed": request.seed,
         "gen_ai.request.choice.count": request.n if request.n > 1 else None,
-        "gen_ai.response.finish_reasons": _finish_reasons(reply),
+        "gen_ai.response.finish_reasons": (
+            [str(choice.finish_reason) for choice in reply.choices] if isinstance(reply, Result) else None
+        ),
     }
-
-
-def _finish_reasons(reply: Terminal) -> list[str] | None:
-    if not isinstance(reply, Result) or isinstance(reply.data, EmbeddingList):
-        return None
-    return [str(choice.finish_reason) for choice in reply.data.choices]
 
 
 def _operation(request: AnyRequest) -> str:

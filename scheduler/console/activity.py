@@ -156,11 +156,11 @@ class Activity:
     def _find_preempted(self, at: float) -> None:
         batcher = self._engine.batcher
         # Who ended is in the batcher no longer, and will be told of as the report is worked through.
+        running = {request_of(sequence)[0] for sequence in batcher.running}
         preempted = [
             (id, request)
             for id, request in self._running.items()
-            if any(id in batcher for id in request.sequences)
-            and not any(id in batcher.running for id in request.sequences)
+            if id not in running and any(sequence in batcher for sequence in request.sequences)
         ]
         for id, request in preempted:
             self._enter(id, request, "preempted", at)

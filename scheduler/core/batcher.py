@@ -17,8 +17,9 @@ from itertools import chain
 import msgspec
 
 from protocol.plan import StepPlan, StepResult, Verdict
-from scheduler.core.batch import Batch, Counters, Draft, Limits
+from scheduler.core.batch import Batch, Counters, Limits
 from scheduler.core.blocks import BlockPool
+from scheduler.core.draft import Draft
 from scheduler.core.fairness import FairQueue
 from scheduler.core.family import Family
 from scheduler.core.policies.base import Policy

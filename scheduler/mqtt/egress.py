@@ -98,6 +98,7 @@ class Egress:
             self._admission.release(entry)
             self.abandon(entry, error.body)
             return
+        entry.pieces = []  # the run has them
         self._runs[entry.id] = run
         self._unstarted.update({first.id: run for first, *_ in families})
         self._outlook.begin(entry, run.completion_tokens)

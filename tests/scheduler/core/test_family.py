@@ -4,8 +4,8 @@ import pytest
 
 from protocol.plan import Sampling
 from scheduler.core import policies
-from scheduler.core.batch import Draft
 from scheduler.core.batcher import Batcher, CapacityError
+from scheduler.core.draft import Draft
 from scheduler.core.sequence import Sequence, State
 from tests.scheduler.core.drive import EOS, TOKEN, make, sequence
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.plan import Row, Work
-from scheduler.core.batch import Draft
+from scheduler.core.draft import Draft
 from scheduler.simulation import models
 from scheduler.simulation.cost import CostError, CostModel
 from scheduler.simulation.fit import TracedStep, fit
