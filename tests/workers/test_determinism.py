@@ -3,11 +3,15 @@
 `tokenbus bench determinism` does the same with the whole service and the demo model.
 """
 
+from itertools import groupby
+
 import msgspec
 import pytest
 import torch
 
 from protocol.plan import Sampling
+from scheduler.journal.entry import request_of, sequence_id
+from scheduler.sampling import seed_of
 from tests.workers.engine import LocalEngine
 from tests.workers.models import tiny
 
@@ -27,6 +31,8 @@ SAMPLINGS = [
     # Of three tokens only, so that it repeats itself and look-up finds something.
     Sampling(0.7, frequency_penalty=0.1, logit_bias=((7, 50.0), (8, 50.0), (9, 50.0)), seed=6),
 ]
+#: How many texts of each prompt.
+CHOICES = [1, 1, 1, 3, 1, 1]
 LENGTH = 40
 
 
@@ -57,7 +63,7 @@ class Run:
 
     def submit(self, number: int) -> None:
         sampling = msgspec.structs.replace(SAMPLINGS[number], logprobs=0 if self._scores else None)
-        self.engine.submit(str(number), prompts()[number], LENGTH, sampling)
+        self.engine.submit(str(number), prompts()[number], LENGTH, sampling, choices=CHOICES[number])
 
     def all_at_once(self, steps: int | None = None) -> "Run":
         for number in range(len(SAMPLINGS)):
@@ -93,6 +99,14 @@ def test_in_a_batch_however_prompts_are_cut(way, alone, budget):
     assert Run(way, running=6, budget=budget).all_at_once().told() == alone
 
 
+def test_a_text_is_what_its_seed_gives_it_by_itself(way, alone):
+    run, number = Run(way), CHOICES.index(3)
+    sampling = msgspec.structs.replace(SAMPLINGS[number], seed=seed_of(SAMPLINGS[number].seed, 2), logprobs=0)
+    run.engine.submit("itself", prompts()[number], LENGTH, sampling)
+    run.engine.finish()
+    assert run.told()["itself"] == alone[sequence_id(str(number), 2)]
+
+
 def test_preempted(way, alone):
     run = Run(way, running=6, blocks=18).all_at_once()
     assert run.told() == alone
@@ -119,7 +133,8 @@ def test_killed_and_resumed_by_another_service(way, alone):
     for sequence in run.engine.batcher._sequences.values():
         other.engine.outputs[sequence.id] = sequence.output
         other.engine.scored[sequence.id] = run.engine.scored[sequence.id]
-        other.engine.batcher.submit(sequence.again())
+    for _, sequences in groupby(run.engine.batcher._sequences.values(), lambda sequence: request_of(sequence.id)[0]):
+        other.engine.batcher.submit(*(sequence.again() for sequence in sequences))
     other.engine.finish(ahead=2)
     assert other.told() == alone
 

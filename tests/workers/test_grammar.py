@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import jsonschema
+import msgspec
 import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedModel
@@ -16,6 +17,8 @@ from protocol.errors import BadRequest
 from protocol.plan import NO_TOKEN, Admission, Sampling
 from protocol.request import Request
 from protocol.structure import StructuredOutputs
+from scheduler.journal.entry import sequence_id
+from scheduler.sampling import seed_of
 from scheduler.structure import check_grammar, grammar_for
 from scheduler.tools import FORCED, ToolParser
 from tests.scheduler.test_text import byte_tokenizer
@@ -239,6 +242,24 @@ def test_drafts_change_nothing_of_what_a_grammar_allows(folder, by, temperature)
     assert drafting.outputs == plain.outputs
     assert drafting.batcher.counters.preemptions > 0
     assert sum(accepted for accepted, _ in drafting.accepted) > 20
+
+
+@pytest.mark.parametrize("by", ["ngram", "model"])
+def test_eight_texts_of_one_prompt_follow_its_grammar_with_drafts_as_without(folder, by):
+    draft = "ngram" if by == "ngram" else model()
+    drafting, plain = engine(folder, draft=draft, max_draft=4), engine(folder)
+    rule, stop = "(one|two|three)(,(one|two|three)){5,7}", frozenset({EOS, NO_TOKEN})
+    sampling = Sampling(1.0, seed=1, grammar=grammar(regex=rule))
+    drafting.submit("several", [1, 2, 3] * 6, 90, sampling, stop, choices=8)
+    for index in range(8):
+        alone = msgspec.structs.replace(sampling, seed=seed_of(1, index))
+        plain.submit(sequence_id("several", index), [1, 2, 3] * 6, 90, alone, stop)
+    assert drafting.finish(ahead=2) == plain.finish()
+    texts = [text(tokens) for tokens in plain.outputs.values()]
+    assert len(set(texts)) == 8
+    assert all(re.fullmatch(rule, each) for each in texts)
+    assert drafting.batcher.counters.forked_tokens == 7 * 17
+    assert drafting.accepted, "something was drafted"
 
 
 def test_a_sequence_with_a_grammar_is_drafted_for(folder):

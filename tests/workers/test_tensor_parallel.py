@@ -44,12 +44,12 @@ def _call(call: tuple[Callable, ...]):
 
 
 def answers(ranks: Ranks | None, kind: str, draft: str | None) -> dict[str, list[int]]:
-    """Greedy and drawn, with chunks and preemptions."""
+    """Greedy and drawn, two texts of one prompt among them, with chunks and preemptions."""
     drafter = tiny(kind, num_hidden_layers=1) if draft == "model" else draft
     engine = LocalEngine(tiny(kind), ranks=ranks, running=6, budget=13, blocks=14, longest=100, draft=drafter)
     for index, (prompt, length) in enumerate(workload(seed=5, count=8, vocab=97, longest_prompt=24, longest_output=40)):
         sampling = Sampling(temperature=1.0, seed=index, top_k=20) if index % 2 else Sampling()
-        engine.submit(str(index), prompt, length, sampling)
+        engine.submit(str(index), prompt, length, sampling, choices=2 if index == 1 else 1)
     return engine.finish(ahead=2)
 
 
