@@ -230,7 +230,7 @@ class Egress:
         for event in report.events:
             id, index = request_of(event.id)
             run = self._runs.get(id)
-            # A stop string may have ended the choice with a token before, of the same step.
+            # A stop string may have ended the choice with a token before, too late for the engine.
             if isinstance(run, Generation) and (choice := run.choices[index]).reason is None:
                 self._take_event(run, choice, event, report)
         for failure in report.given_up:
