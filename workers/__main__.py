@@ -58,6 +58,7 @@ def serve(config: plan.WorkerConfig, ranks: Ranks, requests: BinaryIO, replies: 
     try:
         runner, info = start(config, ranks)
     except (ModelRefused, AdapterRefused, WeightsError, ValueError, OSError) as error:
+        ranks.forget()
         _write(replies, plan.StartFailure(str(error)))
         return
     _write(replies, info)

@@ -75,11 +75,15 @@ class Ranks:
         )
 
     def leave(self, status: int) -> None:
-        """End this process at once, for the others to notice. Each takes the store away: rank 0 may have been killed."""
+        """End this process at once, for the others to notice."""
+        self.forget()
         if self.count > 1:
-            assert self._store is not None
-            self._store.unlink(missing_ok=True)
             os._exit(status)
+
+    def forget(self) -> None:
+        """Take the store away, as each does who won't be here for long: the others may be killed before they could."""
+        if self._store is not None:
+            self._store.unlink(missing_ok=True)
 
     def _start(self, index: int) -> None:
         process = subprocess.Popen(
