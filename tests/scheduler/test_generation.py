@@ -14,15 +14,14 @@ from tokenizers import Tokenizer
 from protocol import replies
 from protocol.chat import Function, Message, Tool
 from protocol.errors import BadRequest
-from protocol.openai import PromptLogprob, Usage
+from protocol.openai import PromptLogprob
 from protocol.plan import NO_TOKEN, Scored, WorkerInfo
 from protocol.request import Request
 from protocol.structure import StructuredOutputs
 from scheduler.core.sequence import Sequence
 from scheduler.generation import Generation
-from scheduler.journal.entry import Entry, Listener, Piece, Token, request_of
+from scheduler.journal.entry import Entry, Listener, Piece, Token
 from scheduler.kinds import run_of
-from scheduler.sampling import seed_of
 from scheduler.structure import grammar_for
 from scheduler.tools import FORMATS, ToolParser
 from tests.scheduler.test_text import any_text, byte_tokenizer
@@ -233,51 +232,6 @@ def answer_of(request: Request, ids: list[int], cuts: list[bool], ends: str = "l
     raise AssertionError("it ends with its last token")
 
 
-def byte(letter: str) -> int:
-    (token,) = byte_tokenizer().encode(letter).ids
-    return token
-
-
-def test_choices_are_told_side_by_side_and_end_by_themselves():
-    request = Request(messages=[Message("user", "Hi")], stop="!", stream=True, n=2)
-    entry = Entry(id="a/a", model="m", request=request, prompt=[70], seed=1, accepted_at=0.0, listeners=[])
-    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=tool_parser), 0.0)
-    one, two = generation.choices
-    generation.push(one, byte("a"), 1.0, None)
-    generation.push(two, byte("b"), 1.0, None)
-    generation.push(two, byte("!"), 2.0, None)
-    assert [generation.chunk(number) for number, _ in generation.cut()] == [generation.chunk(n) for n in (0, 1)]
-    assert generation.unended() == [one]
-    generation.push(one, byte("c"), 2.0, "length")
-    last = generation.last_chunks()
-    told = [
-        (chunk.seq, chunk.index, chunk.text, choice.delta.role, choice.finish_reason)
-        for chunk in [generation.chunk(0), generation.chunk(1), *last]
-        for choice in chunk.data.choices
-    ]
-    assert told == [(0, 0, "a", "assistant", None), (1, 1, "b", "assistant", "stop"), (2, 0, "c", None, "length")]
-    result = generation.result(3.0)
-    assert [(c.index, c.text, c.finish_reason) for c in result.data.choices] == [(0, "ac", "length"), (1, "b", "stop")]
-    assert result.usage == Usage(1, 4, 5)
-    assert generation.outcome == "length"
-
-
-def test_the_likeliest_per_token_are_told_and_all_are_counted():
-    request = Request(prompt="x", n=2, best_of=4)
-    entry = Entry(id="a/a", model="m", request=request, prompt=[70], seed=1, accepted_at=0.0, listeners=[])
-    generation = Generation.of(entry, SimpleNamespace(backend=byte_tokenizer(), tool_parser=tool_parser), 0.0)
-    # In all, "bb" is less likely than "a"; each of its tokens is more so. The token that ends a text isn't told, but counts.
-    written = [("a.", [-1.4, -1.4]), ("bb.", [-1.0, -1.0, -1.0]), ("c.", [-2.0, -2.0]), ("d.", [-0.1, -5.0])]
-    for choice, (text, logprobs) in zip(generation.choices, written, strict=True):
-        for letter, logprob in zip(text, logprobs, strict=True):
-            scored = Scored(byte(letter), logprob, 1, [])
-            generation.push(choice, scored, 1.0, "stop" if letter == "." else None)
-    result = generation.result(1.0)
-    assert [(choice.index, choice.text) for choice in result.data.choices] == [(0, "bb"), (1, "a")]
-    assert result.data.choices[0].logprobs is None, "that wasn't asked for"
-    assert result.usage.completion_tokens == 2 + 3 + 2 + 2
-
-
 def test_log_probabilities_are_those_of_all_that_the_model_wrote_its_calls_included():
     written = f"One moment. {CALL}"
     ids = byte_tokenizer().encode(written).ids
@@ -383,24 +337,9 @@ def test_the_batcher_goes_on_after_the_journalled_tokens():
     assert sequence.sampling.seed == 5
     assert (sequence.priority, sequence.deadline) == (-3, 2e9)
     (sequence,) = sequences_of(msgspec.structs.replace(entry, expires_at=None))
-    assert sequence.deadline == math.inf
-
-
-def test_each_choice_that_has_not_ended_goes_on_with_draws_of_its_own():
-    request = Request(prompt=[1, 2], max_tokens=10, n=4, prompt_logprobs=0, stop="!", stop_token_ids=[3])
-    pieces = [Piece([7], 1), Piece([8, 9], 2), Piece([7, 3], 0, "stop"), Piece([7, byte("!")], 3), Piece([9], 2)]
-    entry = Entry(
-        id="a/a", model="m", request=request, prompt=[1, 2], seed=5, accepted_at=0.0, listeners=[], pieces=pieces
+    assert (sequence.output, sequence.deadline) == ([7, 8, 9], math.inf), (
+        "whoever looks at an entry takes nothing from it"
     )
-    sequences = sequences_of(entry)
-    assert [(sequence.id, sequence.output) for sequence in sequences] == [("a/a#1", [7]), ("a/a#2", [8, 9, 9])]
-    assert [sequence.sampling.prompt_logprobs for sequence in sequences] == [0, None], "one of them scores the prompt"
-    assert [sequence.sampling.seed for sequence in sequences] == [seed_of(5, 1), seed_of(5, 2)]
-    seeds = {seed_of(seed, index) for seed in range(50) for index in range(16)}
-    assert len(seeds) == 50 * 16, "no choice repeats another request's draws"
-    assert all(-(1 << 63) <= seed < 1 << 63 for seed in seeds)
-    assert seed_of(5, 0) == 5
-    assert [request_of(sequence.id) for sequence in sequences] == [("a/a", 1), ("a/a", 2)]
 
 
 def test_a_structure_goes_with_its_sequence_to_any_model_that_can_end():

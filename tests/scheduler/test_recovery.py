@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,6 @@ from protocol.replies import Accepted, Chunk, Expired, Failed, Quarantined, Resu
 from protocol.request import Request
 from scheduler.admission import Admission, Bounds
 from scheduler.console.activity import Activity
-from scheduler.core.batcher import TokenEvent
 from scheduler.journal.entry import Entry, Listener, Piece
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.loop import Engine
@@ -29,7 +28,6 @@ from scheduler.recovery import Recovery
 from scheduler.tracing import NoTracing
 from tests.leads import Never
 from tests.scheduler.test_generation import INFO
-from tests.scheduler.test_outlook import report
 from tests.scheduler.test_text import byte_tokenizer
 
 ATTEMPTS = 3
@@ -225,74 +223,6 @@ async def test_an_ordinary_request_goes_on_after_its_journalled_tokens(path):
         (result,) = process.broker.terminal("a")
         assert (result.text, result.attempt, result.usage.completion_tokens) == ("xxxxx", 2, 5)
     assert await unfinished(path) == {}
-
-
-async def test_a_request_for_several_texts_goes_on_with_those_that_are_missing(path):
-    told = Request(prompt=[65, 66], max_tokens=4, stream=True, n=3)
-    pieces = [Piece([LETTER], 0), Piece([LETTER] * 4, 2, "length"), Piece([LETTER], 1), Piece([LETTER], 0)]
-    several = msgspec.structs.replace(entry("a", pieces=pieces), request=told)
-    await leave(path, several)
-    async with Process(path) as process:
-        await process.settle()
-        given = [tokens for step in process.worker.steps for tokens in step.given]
-        assert given == [[65, 66, LETTER, LETTER], [65, 66, LETTER]], "the last one had ended"
-        chunks = process.broker.chunks("a")
-        assert [chunk.seq for chunk in chunks] == list(range(3, 3 + len(chunks)))
-        texts = ["x", "x", "xxxx"]  # in the pieces before the last one
-        for chunk in chunks:
-            texts[chunk.index] += chunk.text
-        (result,) = process.broker.terminal("a")
-        choices = [(choice.index, choice.text, choice.finish_reason) for choice in result.data.choices]
-        assert choices == [(index, "xxxx", "length") for index in range(3)]
-        assert texts == ["xxxx"] * 3
-        assert (result.usage.prompt_tokens, result.usage.completion_tokens, result.attempt) == (2, 12, 2)
-        assert result.chunks == 3 + len(chunks)
-    assert await unfinished(path) == {}
-
-
-async def test_a_suspect_for_several_texts_is_taken_out_whole_and_goes_on(path):
-    several = msgspec.structs.replace(entry("a", attempt=3), request=Request(prompt=[65, 66], max_tokens=4, n=3))
-    await leave(path, several, entry("other", attempt=3))
-    async with Process(path) as process:
-        await process.settle()
-        names = [set(step.names) for step in process.worker.steps]
-        assert names[0] == {"a"}
-        assert {"a", "a#1", "a#2", "other"} in names
-        (result,) = process.broker.terminal("a")
-        assert [choice.text for choice in result.data.choices] == ["xxxx"] * 3
-
-
-async def test_what_comes_for_a_text_after_its_stop_string_is_dropped(path):
-    (other,) = TOKENIZER.encode("y").ids
-    asked = Request(prompt=[65, 66], max_tokens=9, stop="x", n=2)
-    await leave(path, msgspec.structs.replace(entry("a"), request=asked))
-    async with Process(path, fatal="a") as process:
-        await process.worker.reached.wait()
-        for first, second in ((LETTER, other), (LETTER, LETTER)):  # the second before the first was looked at
-            events = [TokenEvent("alice/a", first, None), TokenEvent("alice/a#1", second, None)]
-            process.engine.reports.put_nowait(replace(report(), events=events))
-        await process.settle()
-        (result,) = process.broker.terminal("a")
-        assert [choice.text for choice in result.data.choices] == ["", "y"]
-        assert result.usage.completion_tokens == 3
-
-
-async def test_a_cancel_and_a_deadline_end_all_texts_of_a_request(path):
-    asked = Request(prompt=[65, 66], max_tokens=900, n=3)
-    entries = [msgspec.structs.replace(entry(name), request=asked) for name in ("cancelled", "expired")]
-    entries[1].expires_at = time.time() + 0.5
-    await leave(path, *entries)
-    async with Process(path, fatal="expired") as process:
-        await process.worker.reached.wait()
-        assert process.egress.cancel("alice/cancelled")
-        while not process.broker.terminal("expired"):
-            await asyncio.sleep(0.01)
-        process.worker.release.set()
-        await process.settle()
-        assert len(process.engine.batcher) == 0
-        assert process.engine.batcher.pool.num_free == process.engine.batcher.pool.num_blocks
-        assert process.broker.terminal("cancelled") == [replies.Cancelled("cancelled", 0, attempt=2)]
-        assert process.broker.terminal("expired") == [Expired("expired", 0, attempt=2)]
 
 
 async def test_nobody_is_a_suspect_before_it_was_taken_up_more_often_than_allowed(path):
