@@ -28,10 +28,11 @@ struct Linear {
 namespace {
 
 constexpr int COLUMNS = 2 * W;      // of a panel
-// So many rows x 2 sums, 2 vectors of weights and one x: the 32 registers of AVX-512, or the 16 of AVX2.
-constexpr int TILE_ROWS = NATIVE == 16 ? 12 : 6;
-constexpr int CHUNK_ROWS = 132;     // rows of x that stay in L2 while the panels go by
-constexpr int AHEAD = 2048;         // bytes: a panel's first pass reads memory, where a page's end stops the hardware's prefetch
+// So many rows x 2 sums, 2 vectors of weights and one x in the 16 registers of AVX2. AVX-512 has registers for 12, but not x86
+// for the addresses of so many rows: 8 are as fast in arithmetic and leave one to fetch with.
+constexpr int TILE_ROWS = NATIVE == 16 ? 8 : 6;
+constexpr int CHUNK_ROWS = 128;     // rows of x that stay in L2 while the panels go by
+constexpr int AHEAD = 2048;         // bytes: panels come from memory, where a page's end stops the hardware's prefetch
 constexpr int64_t ALONE = 1 << 18;  // multiply-adds that aren't worth waking other threads for
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -84,14 +85,20 @@ F silu(F x) {
     return x * select(x < 0, e, splat(1)) / (1 + e);
 }
 
+// What a tile fetches while it multiplies: `step` bytes for each piece of its panel.
+struct Ahead {
+    const char *at;
+    int64_t step;
+};
+
 // R rows of x times panel p, which lies at `panel`, into y.
-template <class Format, int R, bool COLD>
-void tile(const Linear &linear, const float *x, const char *panel, int64_t p, float *y) {
+template <class Format, int R>
+void tile(const Linear &linear, const float *x, const char *panel, int64_t p, float *y, Ahead ahead) {
     F sum[R][2] = {};
-    for (int64_t k = 0; k < linear.in; k += Format::STEPS, panel += Format::BYTES) {
+    for (int64_t k = 0; k < linear.in; k += Format::STEPS, panel += Format::BYTES, ahead.at += ahead.step) {
         F b[Format::STEPS][2];
         Format::unpack(panel, b);
-        if (COLD) __builtin_prefetch(panel + AHEAD);
+        __builtin_prefetch(ahead.at);
         for (int s = 0; s < Format::STEPS; ++s) {
             for (int r = 0; r < R; ++r) {
                 const float a = x[r * linear.in + k + s];
@@ -116,12 +123,12 @@ void tile(const Linear &linear, const float *x, const char *panel, int64_t p, fl
     }
 }
 
-template <class Format, bool COLD, int R = TILE_ROWS>
-void tile_of(int64_t rows, const Linear &linear, const float *x, const char *panel, int64_t p, float *y) {
+template <class Format, int R = TILE_ROWS>
+void tile_of(int64_t rows, const Linear &linear, const float *x, const char *panel, int64_t p, float *y, Ahead ahead) {
     if (rows == R) {
-        tile<Format, R, COLD>(linear, x, panel, p, y);
+        tile<Format, R>(linear, x, panel, p, y, ahead);
     } else if constexpr (R > 1) {
-        tile_of<Format, COLD, R - 1>(rows, linear, x, panel, p, y);
+        tile_of<Format, R - 1>(rows, linear, x, panel, p, y, ahead);
     }
 }
 
@@ -132,22 +139,26 @@ struct Part {
         : begin(whole * index / count), size(whole * (index + 1) / count - begin) {}
 };
 
-// All of a chunk's rows times panel p.
+// All of a chunk's rows times panel p, and the next panel fetched meanwhile, a share by each tile: memory and arithmetic
+// are both busy all the time. Who comes to a panel that nobody has `fetched` fetches it just ahead of its first tile.
 template <class Format>
-void pass(const Linear &linear, const float *x, int64_t rows, const char *panel, int64_t p, float *y) {
-    const int64_t tiles = ceil_div(rows, TILE_ROWS);
+void pass(const Linear &linear, const float *x, int64_t rows, const char *panel, int64_t p, float *y, bool fetched) {
+    const int64_t tiles = ceil_div(rows, TILE_ROWS), pieces = linear.in / Format::STEPS;
     if constexpr (std::is_same_v<Format, Int8>) {
         if (tiles > 2) {
             static thread_local std::vector<char> wide;
             wide.resize(linear.in * Bfloat16::BYTES);
             Int8::widen(panel, linear.in, wide.data());
-            return pass<Bfloat16>(linear, x, rows, wide.data(), p, y);
+            return pass<Bfloat16>(linear, x, rows, wide.data(), p, y, true);
         }
     }
+    const int64_t share = Format::BYTES / tiles;
     for (int64_t t = 0; t < tiles; ++t) {
         const Part part(rows, tiles, t);
-        const auto run = t ? tile_of<Format, false, TILE_ROWS> : tile_of<Format, true, TILE_ROWS>;
-        run(part.size, linear, x + part.begin * linear.in, panel, p, y + part.begin * linear.out);
+        const bool in_time = tiles > 1 && (fetched || t);
+        const Ahead ahead = in_time ? Ahead{panel + pieces * (Format::BYTES + t * share), share}
+                                    : Ahead{panel + AHEAD, Format::BYTES};
+        tile_of<Format>(part.size, linear, x + part.begin * linear.in, panel, p, y + part.begin * linear.out, ahead);
     }
 }
 
@@ -155,12 +166,19 @@ template <class Format>
 void multiply(const Linear &linear, const float *x, int64_t rows, float *y, int64_t threads) {
     if (rows * linear.in * linear.out <= ALONE) threads = 1;
     const int64_t panels = ceil_div(linear.out, linear.gated ? W : COLUMNS), chunks = ceil_div(rows, CHUNK_ROWS);
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-    for (int64_t c = 0; c < chunks; ++c) {
-        for (int64_t p = 0; p < panels; ++p) {
-            const Part chunk(rows, chunks, c);
-            const char *panel = linear.weight + p * (linear.in / Format::STEPS * Format::BYTES);
-            pass<Format>(linear, x + chunk.begin * linear.in, chunk.size, panel, p, y + chunk.begin * linear.out);
+    const int64_t bytes = linear.in / Format::STEPS * Format::BYTES;
+#pragma omp parallel num_threads(threads)
+    {
+        const char *next = nullptr;
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t c = 0; c < chunks; ++c) {
+            for (int64_t p = 0; p < panels; ++p) {
+                const Part chunk(rows, chunks, c);
+                const char *panel = linear.weight + p * bytes;
+                pass<Format>(linear, x + chunk.begin * linear.in, chunk.size, panel, p, y + chunk.begin * linear.out,
+                             panel == next);
+                next = panel + bytes;
+            }
         }
     }
 }
