@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
+#include "int8.h"
 #include "simd.h"
 
 extern "C" {
@@ -30,53 +30,84 @@ namespace {
 constexpr int COLUMNS = 2 * W;      // of a panel
 // So many rows x 2 sums, 2 vectors of weights and one x: the 32 registers of AVX-512, or the 16 of AVX2.
 constexpr int TILE_ROWS = NATIVE == 16 ? 12 : 6;
+constexpr int INT8_TILE_ROWS = NATIVE == 16 ? 6 : 6;
 constexpr int CHUNK_ROWS = 132;     // rows of x that stay in L2 while the panels go by
 constexpr int AHEAD = 2048;         // bytes: a panel's first pass reads memory, where a page's end stops the hardware's prefetch
 constexpr int64_t ALONE = 1 << 18;  // multiply-adds that aren't worth waking other threads for
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-typedef U Words __attribute__((aligned(4), may_alias));
-
-// A format packs STEPS k of a panel into one piece of BYTES, and unpacks it into two vectors of weights for each k.
+// A format says how a panel's weights lie. The wide ones have BYTES of them for each k, and unpack those into two vectors.
 
 struct Float32 {
-    static constexpr int STEPS = 1, BYTES = COLUMNS * 4;
-    static void unpack(const char *p, F (&b)[STEPS][2]) {
-        for (int i = 0; i < 2; ++i) b[0][i] = load(reinterpret_cast<const float *>(p) + i * W);
+    static constexpr int BYTES = COLUMNS * 4;
+    static void unpack(const char *p, F (&b)[2]) {
+        for (int i = 0; i < 2; ++i) b[i] = load(reinterpret_cast<const float *>(p) + i * W);
     }
 };
 
 // Word j holds column j in its low half and j + W in its high half; a bfloat16 is the high half of a float.
 struct Bfloat16 {
-    static constexpr int STEPS = 1, BYTES = COLUMNS * 2;
-    static void unpack(const char *p, F (&b)[STEPS][2]) {
+    static constexpr int BYTES = COLUMNS * 2;
+    static void unpack(const char *p, F (&b)[2]) {
         const U word = *reinterpret_cast<const Words *>(p);
-        b[0][0] = (F)(word << 16);
-        b[0][1] = (F)(word & 0xffff0000u);
+        b[0] = (F)(word << 16);
+        b[1] = (F)(word & 0xffff0000u);
     }
 };
 
-// Word j holds, from its low byte up, columns j and j + W of one k, then of the next.
+// Words of QUAD k each, of the first W columns and then of the others.
 struct Int8 {
-    static constexpr int STEPS = 2, BYTES = COLUMNS * 2;
-    static void unpack(const char *p, F (&b)[STEPS][2]) {
-        const U word = *reinterpret_cast<const Words *>(p);
-        for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = __builtin_convertvector((I)(word << (24 - 8 * i)) >> 24, F);
-    }
+    static constexpr int BYTES = COLUMNS * QUAD;
+};
 
-    // Eight bits fit a bfloat16 exactly.
-    static void widen(const char *p, int64_t in, char *wide) {
-        for (int64_t k = 0; k < in; k += STEPS, p += BYTES) {
-            F b[STEPS][2];
-            unpack(p, b);
-            __builtin_prefetch(p + AHEAD);
-            for (int s = 0; s < STEPS; ++s, wide += Bfloat16::BYTES) {
-                *reinterpret_cast<Words *>(wide) = (U)b[s][0] >> 16 | (U)b[s][1];
+struct Rows {
+    const float *x;
+    int64_t in;
+    Rows from(int64_t row) const { return {x + row * in, in}; }
+};
+
+template <class Format>
+int64_t panel_bytes(const Rows &x) { return x.in * Format::BYTES; }
+template <class Format>
+int64_t panel_bytes(const RoundedRows &x) { return x.quads * Format::BYTES; }
+
+// sum = x W^T for R rows of x and one panel. COLD: the panel isn't in the cache yet.
+template <class Format, bool COLD, int R>
+void multiply_tile(const Rows &x, const char *panel, F (&sum)[R][2]) {
+    for (int64_t k = 0; k < x.in; ++k, panel += Format::BYTES) {
+        F b[2];
+        Format::unpack(panel, b);
+        if (COLD) __builtin_prefetch(panel + AHEAD);
+        for (int r = 0; r < R; ++r) {
+            const float a = x.x[r * x.in + k];
+            for (int i = 0; i < 2; ++i) sum[r][i] += a * b[i];
+        }
+    }
+}
+
+template <class Format, bool COLD, int R>
+void multiply_tile(const RoundedRows &x, const char *panel, F (&sum)[R][2]) {
+    for (int64_t g = 0, quad = 0; g < x.groups; ++g) {
+        Sums group[R][2];
+        for (int r = 0; r < R; ++r) {
+            for (int i = 0; i < 2; ++i) group[r][i] = Sums{} + x.start[r * x.groups + g];
+        }
+        for (const int64_t end = std::min(x.quads, quad + QUADS); quad < end; ++quad, panel += Format::BYTES) {
+            U weights[2];
+            for (int i = 0; i < 2; ++i) {
+                weights[i] = reinterpret_cast<const Words *>(panel)[i];
+                if (COLD) __builtin_prefetch(panel + i * sizeof(U) + AHEAD);
+            }
+            multiply_add(x.x + quad * QUAD, x.quads * QUAD, weights, group);
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int i = 0; i < 2; ++i) {
+                sum[r][i] += x.scale[r * x.groups + g] * __builtin_convertvector(group[r][i], F);
             }
         }
     }
-};
+}
 
 // x / (1 + e^-x)
 F silu(F x) {
@@ -85,20 +116,10 @@ F silu(F x) {
 }
 
 // R rows of x times panel p, which lies at `panel`, into y.
-template <class Format, int R, bool COLD>
-void tile(const Linear &linear, const float *x, const char *panel, int64_t p, float *y) {
+template <class Format, int R, bool COLD, class X>
+void tile(const Linear &linear, const X &x, const char *panel, int64_t p, float *y) {
     F sum[R][2] = {};
-    for (int64_t k = 0; k < linear.in; k += Format::STEPS, panel += Format::BYTES) {
-        F b[Format::STEPS][2];
-        Format::unpack(panel, b);
-        if (COLD) __builtin_prefetch(panel + AHEAD);
-        for (int s = 0; s < Format::STEPS; ++s) {
-            for (int r = 0; r < R; ++r) {
-                const float a = x[r * linear.in + k + s];
-                for (int i = 0; i < 2; ++i) sum[r][i] += a * b[s][i];
-            }
-        }
-    }
+    multiply_tile<Format, COLD>(x, panel, sum);
     const int64_t width = linear.gated ? W : COLUMNS, column = p * width;
     const int64_t room = std::min(width, linear.out - column);
     for (int r = 0; r < R; ++r) {
@@ -116,8 +137,8 @@ void tile(const Linear &linear, const float *x, const char *panel, int64_t p, fl
     }
 }
 
-template <class Format, bool COLD, int R = TILE_ROWS>
-void tile_of(int64_t rows, const Linear &linear, const float *x, const char *panel, int64_t p, float *y) {
+template <class Format, bool COLD, int R, class X>
+void tile_of(int64_t rows, const Linear &linear, const X &x, const char *panel, int64_t p, float *y) {
     if (rows == R) {
         tile<Format, R, COLD>(linear, x, panel, p, y);
     } else if constexpr (R > 1) {
@@ -133,34 +154,26 @@ struct Part {
 };
 
 // All of a chunk's rows times panel p.
-template <class Format>
-void pass(const Linear &linear, const float *x, int64_t rows, const char *panel, int64_t p, float *y) {
-    const int64_t tiles = ceil_div(rows, TILE_ROWS);
-    if constexpr (std::is_same_v<Format, Int8>) {
-        if (tiles > 2) {
-            static thread_local std::vector<char> wide;
-            wide.resize(linear.in * Bfloat16::BYTES);
-            Int8::widen(panel, linear.in, wide.data());
-            return pass<Bfloat16>(linear, x, rows, wide.data(), p, y);
-        }
-    }
+template <class Format, class X>
+void pass(const Linear &linear, const X &x, int64_t rows, const char *panel, int64_t p, float *y) {
+    constexpr int MOST = std::is_same_v<Format, Int8> ? INT8_TILE_ROWS : TILE_ROWS;
+    const int64_t tiles = ceil_div(rows, MOST);
     for (int64_t t = 0; t < tiles; ++t) {
         const Part part(rows, tiles, t);
-        const auto run = t ? tile_of<Format, false, TILE_ROWS> : tile_of<Format, true, TILE_ROWS>;
-        run(part.size, linear, x + part.begin * linear.in, panel, p, y + part.begin * linear.out);
+        const auto run = t ? tile_of<Format, false, MOST, X> : tile_of<Format, true, MOST, X>;
+        run(part.size, linear, x.from(part.begin), panel, p, y + part.begin * linear.out);
     }
 }
 
-template <class Format>
-void multiply(const Linear &linear, const float *x, int64_t rows, float *y, int64_t threads) {
-    if (rows * linear.in * linear.out <= ALONE) threads = 1;
+template <class Format, class X>
+void multiply(const Linear &linear, const X &x, int64_t rows, float *y, int64_t threads) {
     const int64_t panels = ceil_div(linear.out, linear.gated ? W : COLUMNS), chunks = ceil_div(rows, CHUNK_ROWS);
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
     for (int64_t c = 0; c < chunks; ++c) {
         for (int64_t p = 0; p < panels; ++p) {
             const Part chunk(rows, chunks, c);
-            const char *panel = linear.weight + p * (linear.in / Format::STEPS * Format::BYTES);
-            pass<Format>(linear, x + chunk.begin * linear.in, chunk.size, panel, p, y + chunk.begin * linear.out);
+            const char *panel = linear.weight + p * panel_bytes<Format>(x);
+            pass<Format>(linear, x.from(chunk.begin), chunk.size, panel, p, y + chunk.begin * linear.out);
         }
     }
 }
@@ -190,7 +203,11 @@ extern "C" void rms_norm(const float *x, int64_t rows, int64_t width, const floa
 
 // x: [rows, in], y: [rows, out], dense.
 extern "C" void linear(const Linear *linear, const float *x, int64_t rows, float *y, int64_t threads) {
-    constexpr void (*FORMATS[])(const Linear &, const float *, int64_t, float *, int64_t) = {
-        multiply<Float32>, multiply<Bfloat16>, multiply<Int8>};
-    FORMATS[linear->format](*linear, x, rows, y, threads);
+    if (rows * linear->in * linear->out <= ALONE) threads = 1;
+    const Rows plain{x, linear->in};
+    switch (linear->format) {
+        case 0: return multiply<Float32>(*linear, plain, rows, y, threads);
+        case 1: return multiply<Bfloat16>(*linear, plain, rows, y, threads);
+        case 2: return multiply<Int8>(*linear, RoundedRows(x, rows, linear->in, threads), rows, y, threads);
+    }
 }
