@@ -30,7 +30,7 @@ namespace {
 constexpr int COLUMNS = 2 * W;      // of a panel
 // So many rows x 2 sums, 2 vectors of weights and one x: the 32 registers of AVX-512, or the 16 of AVX2.
 constexpr int TILE_ROWS = NATIVE == 16 ? 12 : 6;
-constexpr int INT8_TILE_ROWS = NATIVE == 16 ? 6 : 6;
+constexpr int INT8_TILE_ROWS = 4;
 constexpr int CHUNK_ROWS = 132;     // rows of x that stay in L2 while the panels go by
 constexpr int AHEAD = 2048;         // bytes: a panel's first pass reads memory, where a page's end stops the hardware's prefetch
 constexpr int64_t ALONE = 1 << 18;  // multiply-adds that aren't worth waking other threads for
