@@ -20,6 +20,8 @@ from workers.packed_attention import packed_attention
 
 #: torch's own layers, in whatever the model was loaded as.
 PLAIN = "plain"
+#: Weights and activations of 8 bits.
+INT8 = "int8"
 
 logger = logging.getLogger(__name__)
 
