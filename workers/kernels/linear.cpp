@@ -2,14 +2,13 @@
 // holds, for each k (input feature) in turn, the weights of all its columns.
 //
 // A tile is a few rows of x times one panel. It stays in registers from the first k to the last, so every output is one
-// chain of fused multiply-adds over k: the same bits whoever shares the batch, whatever tile a row falls into and whichever
-// thread computes it.
+// chain of fused multiply-adds, over k or, where the weight has 8 bits and so has x, over groups of k: the same bits whoever
+// shares the batch, whatever tile a row falls into and whichever thread computes it.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "int8.h"
 #include "simd.h"
@@ -28,18 +27,22 @@ struct Linear {
 namespace {
 
 constexpr int COLUMNS = 2 * W;      // of a panel
-// So many rows x 2 sums, 2 vectors of weights and one x: the 32 registers of AVX-512, or the 16 of AVX2.
-constexpr int TILE_ROWS = NATIVE == 16 ? 12 : 6;
-constexpr int INT8_TILE_ROWS = 4;
 constexpr int CHUNK_ROWS = 132;     // rows of x that stay in L2 while the panels go by
 constexpr int AHEAD = 2048;         // bytes: a panel's first pass reads memory, where a page's end stops the hardware's prefetch
 constexpr int64_t ALONE = 1 << 18;  // multiply-adds that aren't worth waking other threads for
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A format says how a panel's weights lie. The wide ones have BYTES of them for each k, and unpack those into two vectors.
+typedef U Words __attribute__((aligned(4), may_alias));
 
-struct Float32 {
+// A format has BYTES for each piece of a panel, and TILE_ROWS at most in a tile. That of a wide one is all columns of one k,
+// which it unpacks into two vectors.
+struct Wide {
+    // So many rows x 2 sums, 2 vectors of weights and one x: the 32 registers of AVX-512, or the 16 of AVX2.
+    static constexpr int TILE_ROWS = NATIVE == 16 ? 12 : 6;
+};
+
+struct Float32 : Wide {
     static constexpr int BYTES = COLUMNS * 4;
     static void unpack(const char *p, F (&b)[2]) {
         for (int i = 0; i < 2; ++i) b[i] = load(reinterpret_cast<const float *>(p) + i * W);
@@ -47,7 +50,7 @@ struct Float32 {
 };
 
 // Word j holds column j in its low half and j + W in its high half; a bfloat16 is the high half of a float.
-struct Bfloat16 {
+struct Bfloat16 : Wide {
     static constexpr int BYTES = COLUMNS * 2;
     static void unpack(const char *p, F (&b)[2]) {
         const U word = *reinterpret_cast<const Words *>(p);
@@ -56,55 +59,49 @@ struct Bfloat16 {
     }
 };
 
-// Words of QUAD k each, of the first W columns and then of the others.
+// A quad of k: a word for each of the first W columns, then for each of the others. Sums are held twice, of a group and of all.
 struct Int8 {
-    static constexpr int BYTES = COLUMNS * QUAD;
+    static constexpr int BYTES = COLUMNS * QUAD, TILE_ROWS = 4;
 };
 
 struct Rows {
     const float *x;
-    int64_t in;
-    Rows from(int64_t row) const { return {x + row * in, in}; }
+    int64_t pieces;
+    Rows from(int64_t row) const { return {x + row * pieces, pieces}; }
 };
 
-template <class Format>
-int64_t panel_bytes(const Rows &x) { return x.in * Format::BYTES; }
-template <class Format>
-int64_t panel_bytes(const RoundedRows &x) { return x.quads * Format::BYTES; }
-
-// sum = x W^T for R rows of x and one panel. COLD: the panel isn't in the cache yet.
+// sum += x W^T for R rows of x and one panel. COLD: it has yet to come from memory.
 template <class Format, bool COLD, int R>
-void multiply_tile(const Rows &x, const char *panel, F (&sum)[R][2]) {
-    for (int64_t k = 0; k < x.in; ++k, panel += Format::BYTES) {
+void multiply_panel(const Rows &x, const char *panel, F (&sum)[R][2]) {
+    for (int64_t k = 0; k < x.pieces; ++k, panel += Format::BYTES) {
         F b[2];
         Format::unpack(panel, b);
         if (COLD) __builtin_prefetch(panel + AHEAD);
         for (int r = 0; r < R; ++r) {
-            const float a = x.x[r * x.in + k];
+            const float a = x.x[r * x.pieces + k];
             for (int i = 0; i < 2; ++i) sum[r][i] += a * b[i];
         }
     }
 }
 
 template <class Format, bool COLD, int R>
-void multiply_tile(const RoundedRows &x, const char *panel, F (&sum)[R][2]) {
+void multiply_panel(const RoundedRows &x, const char *panel, F (&sum)[R][2]) {
     for (int64_t g = 0, quad = 0; g < x.groups; ++g) {
-        Sums group[R][2];
+        I whole[R][2];
         for (int r = 0; r < R; ++r) {
-            for (int i = 0; i < 2; ++i) group[r][i] = Sums{} + x.start[r * x.groups + g];
+            for (int i = 0; i < 2; ++i) whole[r][i] = I{} + x.start[r * x.groups + g];
         }
-        for (const int64_t end = std::min(x.quads, quad + QUADS); quad < end; ++quad, panel += Format::BYTES) {
+        for (const int64_t end = std::min(x.pieces, quad + QUADS); quad < end; ++quad, panel += Format::BYTES) {
             U weights[2];
             for (int i = 0; i < 2; ++i) {
                 weights[i] = reinterpret_cast<const Words *>(panel)[i];
                 if (COLD) __builtin_prefetch(panel + i * sizeof(U) + AHEAD);
             }
-            multiply_add(x.x + quad * QUAD, x.quads * QUAD, weights, group);
+            add_products(x.x + quad * QUAD, x.pieces * QUAD, weights, whole);
         }
         for (int r = 0; r < R; ++r) {
-            for (int i = 0; i < 2; ++i) {
-                sum[r][i] += x.scale[r * x.groups + g] * __builtin_convertvector(group[r][i], F);
-            }
+            const float scale = x.scale[r * x.groups + g];
+            for (int i = 0; i < 2; ++i) sum[r][i] += scale * __builtin_convertvector(whole[r][i], F);
         }
     }
 }
@@ -119,7 +116,7 @@ F silu(F x) {
 template <class Format, int R, bool COLD, class X>
 void tile(const Linear &linear, const X &x, const char *panel, int64_t p, float *y) {
     F sum[R][2] = {};
-    multiply_tile<Format, COLD>(x, panel, sum);
+    multiply_panel<Format, COLD>(x, panel, sum);
     const int64_t width = linear.gated ? W : COLUMNS, column = p * width;
     const int64_t room = std::min(width, linear.out - column);
     for (int r = 0; r < R; ++r) {
@@ -156,11 +153,11 @@ struct Part {
 // All of a chunk's rows times panel p.
 template <class Format, class X>
 void pass(const Linear &linear, const X &x, int64_t rows, const char *panel, int64_t p, float *y) {
-    constexpr int MOST = std::is_same_v<Format, Int8> ? INT8_TILE_ROWS : TILE_ROWS;
-    const int64_t tiles = ceil_div(rows, MOST);
+    constexpr int MOST_ROWS = Format::TILE_ROWS;
+    const int64_t tiles = ceil_div(rows, MOST_ROWS);
     for (int64_t t = 0; t < tiles; ++t) {
         const Part part(rows, tiles, t);
-        const auto run = t ? tile_of<Format, false, MOST, X> : tile_of<Format, true, MOST, X>;
+        const auto run = t ? tile_of<Format, false, MOST_ROWS, X> : tile_of<Format, true, MOST_ROWS, X>;
         run(part.size, linear, x.from(part.begin), panel, p, y + part.begin * linear.out);
     }
 }
@@ -172,7 +169,7 @@ void multiply(const Linear &linear, const X &x, int64_t rows, float *y, int64_t 
     for (int64_t c = 0; c < chunks; ++c) {
         for (int64_t p = 0; p < panels; ++p) {
             const Part chunk(rows, chunks, c);
-            const char *panel = linear.weight + p * panel_bytes<Format>(x);
+            const char *panel = linear.weight + p * x.pieces * Format::BYTES;
             pass<Format>(linear, x.from(chunk.begin), chunk.size, panel, p, y + chunk.begin * linear.out);
         }
     }
@@ -208,6 +205,6 @@ extern "C" void linear(const Linear *linear, const float *x, int64_t rows, float
     switch (linear->format) {
         case 0: return multiply<Float32>(*linear, plain, rows, y, threads);
         case 1: return multiply<Bfloat16>(*linear, plain, rows, y, threads);
-        case 2: return multiply<Int8>(*linear, RoundedRows(x, rows, linear->in, threads), rows, y, threads);
+        case 2: return multiply<Int8>(*linear, round_rows(x, rows, linear->in, threads), rows, y, threads);
     }
 }
