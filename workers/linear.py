@@ -18,7 +18,7 @@ SOURCE = FOLDER / "linear.cpp"
 #: What a weight can be packed as, in the order of the kernel's table.
 FORMATS = (torch.float32, torch.bfloat16, torch.int8)
 INT8_MAX = 127
-#: Inputs of a column packed as int8 that share a word, and what is added to make them unsigned.
+#: Inputs of an output feature that share a word, and what is added to their weights, which are unsigned so.
 INT8_INPUTS, INT8_ZERO = 4, 128
 
 
@@ -32,8 +32,9 @@ class _Linear(ctypes.Structure):
 class PackedLinear(nn.Module):
     """Stands in for an `nn.Linear` of float32 on the CPU, whose weight it doesn't keep.
 
-    A row of the output is the same bits whatever other rows there are. int8 is one scale per output feature. Raises
-    CompileError, or ValueError for a layer that doesn't fit.
+    A row of the output is the same bits whatever other rows there are. int8 is one scale per output feature; then inputs
+    are rounded to 8 bits, too, each 64 of a row by a scale of their own. Raises CompileError, or ValueError for a layer that
+    doesn't fit.
     """
 
     def __init__(self, linear: nn.Linear, format: torch.dtype = torch.float32, *, up: nn.Linear | None = None) -> None:
@@ -74,8 +75,8 @@ class PackedLinear(nn.Module):
         return y
 
 
-def unsupported(weight: Tensor, format: torch.dtype) -> str | None:
-    """The reason a weight can't be packed in this format, or None when it can."""
+def unsupported(weight: Tensor) -> str | None:
+    """The reason a weight can't be packed, or None when it can."""
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         return f"only float32 weights on the CPU are packed, not {weight.dtype} on {weight.device}"
     return None
@@ -95,7 +96,7 @@ def kernel() -> ctypes.CDLL:
 def _rows(linear: nn.Linear, format: torch.dtype, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weight in the format, scale and bias of a layer, one row for each output feature, padded with zeros to a multiple."""
     weight = linear.weight.detach()
-    if reason := unsupported(weight, format):
+    if reason := unsupported(weight):
         raise ValueError(reason)
     scale = torch.ones(linear.out_features)
     if format == torch.int8:

@@ -23,6 +23,7 @@ constexpr int GROUP = 64;
 constexpr int QUAD = 4;             // k of a column that share a word, from its low byte up
 constexpr int QUADS = GROUP / QUAD;
 constexpr int ZERO = 128;           // is added to weights, so that they are unsigned
+constexpr int64_t FEW = 1 << 12;    // inputs that aren't worth waking other threads for
 constexpr float MOST = 127;         // what the largest input of a group becomes
 constexpr float LEAST = 1e-30f;     // or what it counts as: the inverse of a scale must be finite
 
@@ -129,10 +130,11 @@ inline RoundedRows round_rows(const float *x, int64_t rows, int64_t in, int64_t 
     static thread_local std::vector<Rounded> rounded;
     static thread_local std::vector<float> scales;
     static thread_local std::vector<int32_t> starts;
+    if (rows * in <= FEW) threads = 1;
     rounded.resize(rows * quads * QUAD);
     scales.resize(rows * groups);
     starts.resize(rows * groups);
-    // Threads have vectors of their own by these names.
+    // By their names each thread would find its own.
     Rounded *to = rounded.data();
     float *scale = scales.data();
     int32_t *start = starts.data();
