@@ -75,15 +75,21 @@ struct Rows {
 struct Ahead {
     const char *at;
     int64_t step;
+
+    void fetch() {
+        __builtin_prefetch(at);
+        __builtin_prefetch(at + step / 2);
+        at += step;
+    }
 };
 
 // sum += x W^T for R rows of x and one panel.
 template <class Format, int R>
 void multiply_panel(const Rows &x, const char *panel, Ahead ahead, F (&sum)[R][2]) {
-    for (int64_t k = 0; k < x.pieces; ++k, panel += Format::BYTES, ahead.at += ahead.step) {
+    for (int64_t k = 0; k < x.pieces; ++k, panel += Format::BYTES) {
         F b[2];
         Format::unpack(panel, b);
-        __builtin_prefetch(ahead.at);
+        ahead.fetch();
         for (int r = 0; r < R; ++r) {
             const float a = x.x[r * x.pieces + k];
             for (int i = 0; i < 2; ++i) sum[r][i] += a * b[i];
@@ -98,13 +104,11 @@ void multiply_panel(const RoundedRows &x, const char *panel, Ahead ahead, F (&su
         for (int r = 0; r < R; ++r) {
             for (int i = 0; i < 2; ++i) whole[r][i] = I{} + x.start[r * x.groups + g];
         }
-        for (const int64_t end = std::min(x.pieces, quad + QUADS); quad < end; ++quad) {
+        for (const int64_t end = std::min(x.pieces, quad + QUADS); quad < end; ++quad, panel += Format::BYTES) {
             U weights[2];
             for (int i = 0; i < 2; ++i) weights[i] = reinterpret_cast<const Words *>(panel)[i];
-            __builtin_prefetch(ahead.at);
+            ahead.fetch();
             add_products(x.x + quad * QUAD, x.pieces * QUAD, weights, whole);
-            panel += Format::BYTES;
-            ahead.at += ahead.step;
         }
         for (int r = 0; r < R; ++r) {
             const float scale = x.scale[r * x.groups + g];
