@@ -52,6 +52,7 @@ _BENCHMARKS = (
     "accept",
     "ladder",
     "attention",
+    "linears",
     "blocks",
     "contention",
     "structured",

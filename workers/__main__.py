@@ -25,7 +25,7 @@ from workers.grammar import Grammars
 from workers.invariant import fix_shapes, one_by_one
 from workers.lora import AdapterRefused, Adapters
 from workers.model import Model, ModelRefused, load
-from workers.packing import pack
+from workers.packing import INT8, pack
 from workers.ranks import Ranks
 from workers.runner import Runner
 from workers.weights import WeightsError
@@ -99,6 +99,11 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
     kind = _attention(config, model)
     adapters = Adapters(model.module, {name: Path(path) for name, path in config.adapters.items()}, config.max_adapters)
     expected = selftest.expect(model)
+    rounding = None
+    if config.weights == INT8:
+        # Once its activations are rounded so, two ways to compute a model only come near each other.
+        selftest.check(model, kind, config.block_size, expected)
+        rounding = torch.int8
     if pack(model.module, config.weights) != model.dtype:
         # Rounded weights have logits of their own; then both ways are asked for those.
         expected = selftest.expect(model)
@@ -106,7 +111,7 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
         fix_shapes(model.module)
         kind = one_by_one(kind)
         selftest.check_invariant(model, kind, config.block_size, config.max_batch_tokens)
-    selftest.check(model, kind, config.block_size, expected)
+    selftest.check(model, kind, config.block_size, expected, rounding)
     models = [model] if draft is None else [model, draft]
     per_block = sum(AttentionBackend.bytes_per_block(each.layers, config.block_size, each.dtype) for each in models)
     longest = min(each.max_model_len for each in models)

@@ -18,8 +18,8 @@ SOURCE = FOLDER / "linear.cpp"
 #: What a weight can be packed as, in the order of the kernel's table.
 FORMATS = (torch.float32, torch.bfloat16, torch.int8)
 INT8_MAX = 127
-#: Inputs of a layer packed as int8 come in pairs.
-INT8_INPUTS = 2
+#: Inputs of an output feature that share a word, and what is added to their weights, which are unsigned so.
+INT8_INPUTS, INT8_ZERO = 4, 128
 
 
 class _Linear(ctypes.Structure):
@@ -32,8 +32,9 @@ class _Linear(ctypes.Structure):
 class PackedLinear(nn.Module):
     """Stands in for an `nn.Linear` of float32 on the CPU, whose weight it doesn't keep.
 
-    A row of the output is the same bits whatever other rows there are. int8 is one scale per output feature. Raises
-    CompileError, or ValueError for a layer that doesn't fit.
+    A row of the output is the same bits whatever other rows there are. int8 is one scale per output feature; then inputs
+    are rounded to 8 bits, too, each 64 of a row by a scale of their own. Raises CompileError, or ValueError for a layer that
+    doesn't fit.
     """
 
     def __init__(self, linear: nn.Linear, format: torch.dtype = torch.float32, *, up: nn.Linear | None = None) -> None:
@@ -74,12 +75,10 @@ class PackedLinear(nn.Module):
         return y
 
 
-def unsupported(weight: Tensor, format: torch.dtype) -> str | None:
-    """The reason a weight can't be packed in this format, or None when it can."""
+def unsupported(weight: Tensor) -> str | None:
+    """The reason a weight can't be packed, or None when it can."""
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         return f"only float32 weights on the CPU are packed, not {weight.dtype} on {weight.device}"
-    if format == torch.int8 and weight.shape[1] % INT8_INPUTS:
-        return f"int8 wants an even number of inputs, not {weight.shape[1]}"
     return None
 
 
@@ -97,7 +96,7 @@ def kernel() -> ctypes.CDLL:
 def _rows(linear: nn.Linear, format: torch.dtype, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weight in the format, scale and bias of a layer, one row for each output feature, padded with zeros to a multiple."""
     weight = linear.weight.detach()
-    if reason := unsupported(weight, format):
+    if reason := unsupported(weight):
         raise ValueError(reason)
     scale = torch.ones(linear.out_features)
     if format == torch.int8:
@@ -113,8 +112,9 @@ def _rows(linear: nn.Linear, format: torch.dtype, multiple: int) -> tuple[Tensor
 
 def _panels(weight: Tensor, columns: int) -> Tensor:
     """Weight ``[out, in]``, its rows whole panels, in the order that the kernel describes for its format."""
-    steps = INT8_INPUTS if weight.dtype == torch.int8 else 1
-    # [panel, half, column, k, step]
-    pieces = weight.view(-1, 2, columns // 2, weight.shape[1] // steps, steps)
-    order = (0, 3, 4, 1, 2) if weight.dtype == torch.float32 else (0, 3, 2, 4, 1)
-    return pieces.permute(order).contiguous()
+    # [panel, half, column, k]
+    pieces = weight.view(-1, 2, columns // 2, weight.shape[1])
+    if weight.dtype == torch.int8:
+        words = pad(pieces, (0, -weight.shape[1] % INT8_INPUTS)).unflatten(3, (-1, INT8_INPUTS))
+        return words.permute(0, 3, 1, 2, 4).contiguous().view(torch.uint8).bitwise_xor_(INT8_ZERO)
+    return pieces.permute((0, 3, 1, 2) if weight.dtype == torch.float32 else (0, 3, 2, 1)).contiguous()

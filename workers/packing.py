@@ -20,6 +20,8 @@ from workers.packed_attention import packed_attention
 
 #: torch's own layers, in whatever the model was loaded as.
 PLAIN = "plain"
+#: Weights and activations of 8 bits.
+INT8 = "int8"
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def pack(module: PreTrainedModel, weights: WeightsName) -> torch.dtype:
     if weights == PLAIN:
         return module.dtype
     format = torch.float32 if weights == "auto" else getattr(torch, weights)
-    reason = _unsupported(module, format)
+    reason = _unsupported(module)
     if reason is None:
         for build in (packed_attention, _packed_mlp, _norm, _packed_linear):
             _replace(module, partial(build, format))
@@ -62,13 +64,13 @@ def pack(module: PreTrainedModel, weights: WeightsName) -> torch.dtype:
     return module.dtype
 
 
-def _unsupported(module: nn.Module, format: torch.dtype) -> str | None:
+def _unsupported(module: nn.Module) -> str | None:
     try:
         kernel()
     except CompileError as error:
         return f"the C++ kernel could not be compiled: {error}"
     linears = (layer for layer in module.modules() if type(layer) is nn.Linear)
-    return next(filter(None, (unsupported(linear.weight, format) for linear in linears)), None)
+    return next(filter(None, (unsupported(linear.weight) for linear in linears)), None)
 
 
 def _replace(module: nn.Module, build: Callable[[nn.Module], nn.Module | None]) -> None:

@@ -194,6 +194,15 @@ def test_speculation_writes_the_same_tokens_in_fewer_steps(tmp_path):
     assert [line.count("|") for line in table[:3]] == [7] * 3
 
 
+def test_linears_are_timed_in_every_format(files):
+    _, model = files
+    figures = call("linears", "--model", str(model), "--rounds", "1", "--threads", "1")
+    assert (figures["threads"], figures["rounds"]) == (1, 1)
+    cases = [(step["weights"], step["rows"]) for step in figures["steps"]]
+    assert len(set(cases)) == len(cases) == 4 * 6
+    assert all(step["ms"] > 0 for step in figures["steps"])
+
+
 def test_larger_blocks_leave_more_empty():
     figures = call("blocks", "--requests", "60", "--rounds", "1", "--steps", "1")
     sizes = figures["sizes"]

@@ -2,16 +2,15 @@
 // holds, for each k (input feature) in turn, the weights of all its columns.
 //
 // A tile is a few rows of x times one panel. It stays in registers from the first k to the last, so every output is one
-// chain of fused multiply-adds over k: the same bits whoever shares the batch, whatever tile a row falls into and whichever
-// thread computes it.
+// chain of fused multiply-adds, over k or, where the weight has 8 bits and so has x, over groups of k: the same bits whoever
+// shares the batch, whatever tile a row falls into and whichever thread computes it.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
-#include <vector>
 
+#include "int8.h"
 #include "simd.h"
 
 extern "C" {
@@ -28,9 +27,6 @@ struct Linear {
 namespace {
 
 constexpr int COLUMNS = 2 * W;      // of a panel
-// So many rows x 2 sums, 2 vectors of weights and one x in the 16 registers of AVX2. AVX-512 has registers for 12, but not x86
-// for the addresses of so many rows: 8 are as fast in arithmetic and leave one to fetch with.
-constexpr int TILE_ROWS = NATIVE == 16 ? 8 : 6;
 constexpr int CHUNK_ROWS = 128;     // rows of x that stay in L2 while the panels go by
 constexpr int AHEAD = 2048;         // bytes: panels come from memory, where a page's end stops the hardware's prefetch
 constexpr int64_t ALONE = 1 << 18;  // multiply-adds that aren't worth waking other threads for
@@ -39,45 +35,87 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 typedef U Words __attribute__((aligned(4), may_alias));
 
-// A format packs STEPS k of a panel into one piece of BYTES, and unpacks it into two vectors of weights for each k.
+// A format has BYTES for each piece of a panel, and TILE_ROWS at most in a tile. That of a wide one is all columns of one k,
+// which it unpacks into two vectors.
+struct Wide {
+    // So many rows x 2 sums, 2 vectors of weights and one x in the 16 registers of AVX2. AVX-512 has registers for 12, but not
+    // x86 for the addresses of so many rows: 8 are as fast in arithmetic and leave one to fetch with.
+    static constexpr int TILE_ROWS = NATIVE == 16 ? 8 : 6;
+};
 
-struct Float32 {
-    static constexpr int STEPS = 1, BYTES = COLUMNS * 4;
-    static void unpack(const char *p, F (&b)[STEPS][2]) {
-        for (int i = 0; i < 2; ++i) b[0][i] = load(reinterpret_cast<const float *>(p) + i * W);
+struct Float32 : Wide {
+    static constexpr int BYTES = COLUMNS * 4;
+    static void unpack(const char *p, F (&b)[2]) {
+        for (int i = 0; i < 2; ++i) b[i] = load(reinterpret_cast<const float *>(p) + i * W);
     }
 };
 
 // Word j holds column j in its low half and j + W in its high half; a bfloat16 is the high half of a float.
-struct Bfloat16 {
-    static constexpr int STEPS = 1, BYTES = COLUMNS * 2;
-    static void unpack(const char *p, F (&b)[STEPS][2]) {
+struct Bfloat16 : Wide {
+    static constexpr int BYTES = COLUMNS * 2;
+    static void unpack(const char *p, F (&b)[2]) {
         const U word = *reinterpret_cast<const Words *>(p);
-        b[0][0] = (F)(word << 16);
-        b[0][1] = (F)(word & 0xffff0000u);
+        b[0] = (F)(word << 16);
+        b[1] = (F)(word & 0xffff0000u);
     }
 };
 
-// Word j holds, from its low byte up, columns j and j + W of one k, then of the next.
+// A quad of k: a word for each of the first W columns, then for each of the others. Sums are held twice, of a group and of all.
 struct Int8 {
-    static constexpr int STEPS = 2, BYTES = COLUMNS * 2;
-    static void unpack(const char *p, F (&b)[STEPS][2]) {
-        const U word = *reinterpret_cast<const Words *>(p);
-        for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = __builtin_convertvector((I)(word << (24 - 8 * i)) >> 24, F);
-    }
+    static constexpr int BYTES = COLUMNS * QUAD, TILE_ROWS = 4;
+};
 
-    // Eight bits fit a bfloat16 exactly.
-    static void widen(const char *p, int64_t in, char *wide) {
-        for (int64_t k = 0; k < in; k += STEPS, p += BYTES) {
-            F b[STEPS][2];
-            unpack(p, b);
-            __builtin_prefetch(p + AHEAD);
-            for (int s = 0; s < STEPS; ++s, wide += Bfloat16::BYTES) {
-                *reinterpret_cast<Words *>(wide) = (U)b[s][0] >> 16 | (U)b[s][1];
-            }
+struct Rows {
+    const float *x;
+    int64_t pieces;
+    Rows from(int64_t row) const { return {x + row * pieces, pieces}; }
+};
+
+// What is fetched while a panel is multiplied: `step` bytes with each of its pieces.
+struct Ahead {
+    const char *at;
+    int64_t step;
+
+    void fetch() {
+        __builtin_prefetch(at);
+        __builtin_prefetch(at + step / 2);
+        at += step;
+    }
+};
+
+// sum += x W^T for R rows of x and one panel.
+template <class Format, int R>
+void multiply_panel(const Rows &x, const char *panel, Ahead ahead, F (&sum)[R][2]) {
+    for (int64_t k = 0; k < x.pieces; ++k, panel += Format::BYTES) {
+        F b[2];
+        Format::unpack(panel, b);
+        ahead.fetch();
+        for (int r = 0; r < R; ++r) {
+            const float a = x.x[r * x.pieces + k];
+            for (int i = 0; i < 2; ++i) sum[r][i] += a * b[i];
         }
     }
-};
+}
+
+template <class Format, int R>
+void multiply_panel(const RoundedRows &x, const char *panel, Ahead ahead, F (&sum)[R][2]) {
+    for (int64_t g = 0, quad = 0; g < x.groups; ++g) {
+        I whole[R][2];
+        for (int r = 0; r < R; ++r) {
+            for (int i = 0; i < 2; ++i) whole[r][i] = I{} + x.start[r * x.groups + g];
+        }
+        for (const int64_t end = std::min(x.pieces, quad + QUADS); quad < end; ++quad, panel += Format::BYTES) {
+            U weights[2];
+            for (int i = 0; i < 2; ++i) weights[i] = reinterpret_cast<const Words *>(panel)[i];
+            ahead.fetch();
+            add_products(x.x + quad * QUAD, x.pieces * QUAD, weights, whole);
+        }
+        for (int r = 0; r < R; ++r) {
+            const float scale = x.scale[r * x.groups + g];
+            for (int i = 0; i < 2; ++i) sum[r][i] += scale * __builtin_convertvector(whole[r][i], F);
+        }
+    }
+}
 
 // x / (1 + e^-x)
 F silu(F x) {
@@ -85,27 +123,11 @@ F silu(F x) {
     return x * select(x < 0, e, splat(1)) / (1 + e);
 }
 
-// What a tile fetches while it multiplies: `step` bytes for each piece of its panel.
-struct Ahead {
-    const char *at;
-    int64_t step;
-};
-
 // R rows of x times panel p, which lies at `panel`, into y.
-template <class Format, int R>
-void tile(const Linear &linear, const float *x, const char *panel, int64_t p, float *y, Ahead ahead) {
+template <class Format, int R, class X>
+void tile(const Linear &linear, const X &x, const char *panel, int64_t p, float *y, Ahead ahead) {
     F sum[R][2] = {};
-    for (int64_t k = 0; k < linear.in; k += Format::STEPS, panel += Format::BYTES, ahead.at += ahead.step) {
-        F b[Format::STEPS][2];
-        Format::unpack(panel, b);
-        __builtin_prefetch(ahead.at);
-        for (int s = 0; s < Format::STEPS; ++s) {
-            for (int r = 0; r < R; ++r) {
-                const float a = x[r * linear.in + k + s];
-                for (int i = 0; i < 2; ++i) sum[r][i] += a * b[s][i];
-            }
-        }
-    }
+    multiply_panel<Format>(x, panel, ahead, sum);
     const int64_t width = linear.gated ? W : COLUMNS, column = p * width;
     const int64_t room = std::min(width, linear.out - column);
     for (int r = 0; r < R; ++r) {
@@ -123,8 +145,8 @@ void tile(const Linear &linear, const float *x, const char *panel, int64_t p, fl
     }
 }
 
-template <class Format, int R = TILE_ROWS>
-void tile_of(int64_t rows, const Linear &linear, const float *x, const char *panel, int64_t p, float *y, Ahead ahead) {
+template <class Format, int R, class X>
+void tile_of(int64_t rows, const Linear &linear, const X &x, const char *panel, int64_t p, float *y, Ahead ahead) {
     if (rows == R) {
         tile<Format, R>(linear, x, panel, p, y, ahead);
     } else if constexpr (R > 1) {
@@ -141,32 +163,23 @@ struct Part {
 
 // All of a chunk's rows times panel p, and the next panel fetched meanwhile, a share by each tile: memory and arithmetic
 // are both busy all the time. Who comes to a panel that nobody has `fetched` fetches it just ahead of its first tile.
-template <class Format>
-void pass(const Linear &linear, const float *x, int64_t rows, const char *panel, int64_t p, float *y, bool fetched) {
-    const int64_t tiles = ceil_div(rows, TILE_ROWS), pieces = linear.in / Format::STEPS;
-    if constexpr (std::is_same_v<Format, Int8>) {
-        if (tiles > 2) {
-            static thread_local std::vector<char> wide;
-            wide.resize(linear.in * Bfloat16::BYTES);
-            Int8::widen(panel, linear.in, wide.data());
-            return pass<Bfloat16>(linear, x, rows, wide.data(), p, y, true);
-        }
-    }
-    const int64_t share = Format::BYTES / tiles;
+template <class Format, class X>
+void pass(const Linear &linear, const X &x, int64_t rows, const char *panel, int64_t p, float *y, bool fetched) {
+    const int64_t tiles = ceil_div(rows, Format::TILE_ROWS), share = Format::BYTES / tiles;
     for (int64_t t = 0; t < tiles; ++t) {
         const Part part(rows, tiles, t);
         const bool in_time = tiles > 1 && (fetched || t);
-        const Ahead ahead = in_time ? Ahead{panel + pieces * (Format::BYTES + t * share), share}
+        const Ahead ahead = in_time ? Ahead{panel + x.pieces * (Format::BYTES + t * share), share}
                                     : Ahead{panel + AHEAD, Format::BYTES};
-        tile_of<Format>(part.size, linear, x + part.begin * linear.in, panel, p, y + part.begin * linear.out, ahead);
+        tile_of<Format, Format::TILE_ROWS>(part.size, linear, x.from(part.begin), panel, p,
+                                           y + part.begin * linear.out, ahead);
     }
 }
 
-template <class Format>
-void multiply(const Linear &linear, const float *x, int64_t rows, float *y, int64_t threads) {
-    if (rows * linear.in * linear.out <= ALONE) threads = 1;
+template <class Format, class X>
+void multiply(const Linear &linear, const X &x, int64_t rows, float *y, int64_t threads) {
     const int64_t panels = ceil_div(linear.out, linear.gated ? W : COLUMNS), chunks = ceil_div(rows, CHUNK_ROWS);
-    const int64_t bytes = linear.in / Format::STEPS * Format::BYTES;
+    const int64_t bytes = x.pieces * Format::BYTES;
 #pragma omp parallel num_threads(threads)
     {
         const char *next = nullptr;
@@ -175,7 +188,7 @@ void multiply(const Linear &linear, const float *x, int64_t rows, float *y, int6
             for (int64_t p = 0; p < panels; ++p) {
                 const Part chunk(rows, chunks, c);
                 const char *panel = linear.weight + p * bytes;
-                pass<Format>(linear, x + chunk.begin * linear.in, chunk.size, panel, p, y + chunk.begin * linear.out,
+                pass<Format>(linear, x.from(chunk.begin), chunk.size, panel, p, y + chunk.begin * linear.out,
                              panel == next);
                 next = panel + bytes;
             }
@@ -208,7 +221,11 @@ extern "C" void rms_norm(const float *x, int64_t rows, int64_t width, const floa
 
 // x: [rows, in], y: [rows, out], dense.
 extern "C" void linear(const Linear *linear, const float *x, int64_t rows, float *y, int64_t threads) {
-    constexpr void (*FORMATS[])(const Linear &, const float *, int64_t, float *, int64_t) = {
-        multiply<Float32>, multiply<Bfloat16>, multiply<Int8>};
-    FORMATS[linear->format](*linear, x, rows, y, threads);
+    if (rows * linear->in * linear->out <= ALONE) threads = 1;
+    const Rows plain{x, linear->in};
+    switch (linear->format) {
+        case 0: return multiply<Float32>(*linear, plain, rows, y, threads);
+        case 1: return multiply<Bfloat16>(*linear, plain, rows, y, threads);
+        case 2: return multiply<Int8>(*linear, round_rows(x, rows, linear->in, threads), rows, y, threads);
+    }
 }
