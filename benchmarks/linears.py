@@ -36,14 +36,14 @@ class LinearsFigures(msgspec.Struct, frozen=True):
     steps: list[LinearFigures]
 
 
-def _layers_of(name: str, weights: WeightsName) -> list[nn.Module]:
+def _layers_of(name: str, weights: WeightsName) -> list[PackedLinear | nn.Linear]:
     """In the model's order, packed as the worker packs them."""
     module = load(name, "float32", "cpu").module
     pack(module, weights)
     return [layer for layer in module.modules() if isinstance(layer, (PackedLinear, nn.Linear))]
 
 
-def _step_s(layers: list[nn.Module], inputs: dict[int, Tensor], rows: int) -> float:
+def _step_s(layers: list[PackedLinear | nn.Linear], inputs: dict[int, Tensor], rows: int) -> float:
     begun = time.perf_counter()
     for layer in layers:
         layer(inputs[layer.in_features][:rows])

@@ -45,7 +45,8 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ModelConfig(Section, frozen=True):
     """What is served. ``alias`` is its name in topics; ``path`` a directory of safetensors, or the demo model's name.
 
-    ``weights``: how linear layers hold theirs on the CPU, beside activations in float32; ``plain``: as torch does.
+    ``weights``: how linear layers hold theirs on the CPU, beside activations in float32 (that int8 rounds to 8 bits, too);
+    ``plain``: as torch does.
     ``adapters``: LoRA adapters as PEFT saves them, directories by name, for requests of model ``alias:name``; ``max_adapters``
     of them are in memory, and in a step, at once.
     ``tool_parser``: the format of tool calls; absent: the one that the chat template shows.
