@@ -18,9 +18,8 @@ from protocol.client import Client
 from protocol.errors import RequestError
 from protocol.request import Message, Request
 from protocol.transport import TransportError
-from scheduler import config as configuration
 from scheduler import demo as demonstration
-from scheduler import logs, service
+from scheduler import logs, service, sources
 from scheduler.asking import connected, embed, score, show, text_or_stdin
 from scheduler.config import Config, ConfigError
 from scheduler.console.top import top
@@ -83,7 +82,7 @@ def _reader(context: click.Context, file: Path | None, assignments: tuple[str, .
         if not equals:
             raise click.BadParameter(f"{assignment!r} must look like engine.max_running=32", context)
         flags[path] = value
-    return lambda: configuration.load(file, os.environ, flags)
+    return lambda: sources.load(file, os.environ, flags)
 
 
 def _settings(read: Read) -> Config:

@@ -7,7 +7,8 @@ import click
 import pytest
 
 from scheduler.cli import main
-from scheduler.config import TenantConfig, load
+from scheduler.config import TenantConfig
+from scheduler.sources import load
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.config import Config, load
+from scheduler.config import Config
+from scheduler.sources import load
 from tests.deploy.conftest import mounted
 from tests.security.conftest import run
 

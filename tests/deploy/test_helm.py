@@ -10,7 +10,7 @@ import yaml
 from helm_python import HelmRenderError, HelmValuesError
 from helm_python.chart import Chart, lint
 
-from scheduler.config import load
+from scheduler.sources import load
 
 CHART = Path(__file__).parents[2] / "deploy/helm/tokenbus"
 EVERYTHING = {

@@ -1,7 +1,8 @@
 import pytest
 
-from scheduler.config import Config, ConfigError, load, read_password
+from scheduler.config import Config, ConfigError, read_password
 from scheduler.quotas import Quota
+from scheduler.sources import load
 
 
 def test_defaults_serve_the_demo_model_on_an_embedded_broker():

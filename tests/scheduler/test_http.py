@@ -16,8 +16,9 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from scheduler.config import ConfigError, MetricsConfig, load
+from scheduler.config import ConfigError, MetricsConfig
 from scheduler.http import Checks, HttpServer, tls_context
+from scheduler.sources import load
 
 
 class Answer:

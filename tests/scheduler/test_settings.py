@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from scheduler import settings
-from scheduler.config import Config, TenantConfig, load
+from scheduler.config import Config, TenantConfig
+from scheduler.sources import load
 
 
 def test_the_page_is_up_to_date():

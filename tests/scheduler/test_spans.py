@@ -15,11 +15,12 @@ from protocol.openai import Answer, answer
 from protocol.prefill import EmbeddingRequest
 from protocol.replies import Cancelled, Failed, Result, Terminal
 from protocol.request import Message, Request
-from scheduler.config import ConfigError, TracingConfig, load
+from scheduler.config import ConfigError, TracingConfig
 from scheduler.generation import Generation
 from scheduler.journal.entry import Entry, Listener
 from scheduler.journal.sqlite import SqliteJournal
 from scheduler.prefill import EmbeddingPrefill
+from scheduler.sources import load
 from scheduler.tracing import NoTracing, tracing
 from tests.collector import PHASES, Collector, attributes
 from tests.scheduler.test_recovery import Process, entry, leave

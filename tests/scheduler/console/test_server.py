@@ -11,10 +11,11 @@ from prometheus_client import CollectorRegistry
 
 import scheduler.console
 from protocol.transport import BrokerAddress
-from scheduler.config import Config, ConfigError, ConsoleConfig, MetricsConfig, load
+from scheduler.config import Config, ConfigError, ConsoleConfig, MetricsConfig
 from scheduler.console.server import COOKIE, Console, console_for
 from scheduler.console.snapshot import decode
 from scheduler.http import HttpServer
+from scheduler.sources import load
 from tests.scheduler.console.serving import PASSWORD, serving
 
 STATIC = Path(scheduler.console.__file__).with_name("static")
