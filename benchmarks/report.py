@@ -3,34 +3,39 @@
 ``python -m benchmarks.report`` after ``tokenbus bench ladder --json > benchmarks/results/ladder.json`` and
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
 ``accept.json`` is ``bench accept``, ``scrape.json`` ``bench scrape``. ``planning.json``, ``fairness.json``, ``prefix.json``,
-``determinism.json``, ``blocks.json``, ``startup.json`` and ``speculation.json`` are the benchmarks of those names, the
-fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
-``tokenbus simulate --suite all --plot docs/suites.png``, both simulated.
-``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``.
+``determinism.json``, ``blocks.json``, ``startup.json``, ``floor.json``, ``linears.json``, ``overlap.json``, ``overhead.json``,
+``structured.json``, ``replicas.json`` and ``speculation.json`` are the benchmarks of those names, the fairness one with
+``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json`` ``tokenbus simulate --suite all
+--plot docs/suites.png``, both simulated. ``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``.
 """
 
 import re
 from collections.abc import Callable
-from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from benchmarks import scale_text
+from benchmarks import engine_text, scale_text
 from benchmarks.accept import AcceptFigures
-from benchmarks.blocks import BlockFigures, BlocksFigures
+from benchmarks.blocks import BlocksFigures
 from benchmarks.determinism import ConditionFigures, DeterminismFigures, WayName
 from benchmarks.fairness import FairnessFigures, TenantFigures
+from benchmarks.floor import FloorFigures
 from benchmarks.ladder import Ladder
+from benchmarks.linears import LinearsFigures
+from benchmarks.overhead import OverheadFigures
+from benchmarks.overlap import Overlap
 from benchmarks.peers.figures import PeerFigures, PeersFigures
 from benchmarks.planning import PlanningFigures
 from benchmarks.prefix import PrefixFigures
+from benchmarks.replicas import ReplicaFigures
 from benchmarks.scale import ScaleFigures
 from benchmarks.scrape import ScrapeFigures
 from benchmarks.serve import ServeFigures
 from benchmarks.speculation import SpeculationFigures
 from benchmarks.startup import StartupFigures
+from benchmarks.structured import StructuredFigures
 from scheduler.simulation import figures as simulated
 from scheduler.simulation.suites import SuiteFigures, TimeToFirst
 
@@ -189,46 +194,6 @@ def prefix_line(figures: PrefixFigures) -> str:
     )
 
 
-def speculation_table(figures: SpeculationFigures) -> str:
-    lines = [
-        "| at once | requests | steps, without and with | output tokens/s, without and with | right drafts | same tokens |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {case.batch} | {case.requests} | {case.off.steps:,} and {case.on.steps:,} ({case.step_ratio:.2f}x fewer) | "
-        f"{case.off.output_tokens_per_s:.1f} and {case.on.output_tokens_per_s:.1f} ({case.rate_ratio:.2f}x) | "
-        f"{case.on.acceptance:.0%} of {case.on.drafted_tokens:,} | {'all' if case.same_tokens else 'not all'} |"
-        for case in figures.batches
-    ]
-    return "\n".join([*lines, "", f"`{figures.speculation}`, medians of {figures.rounds} rounds in turn."])
-
-
-def blocks_table(figures: list[BlockFigures]) -> str:
-    lines = [
-        "| tokens in a block | KV slots without a token | attention of 64 decodes, ms a layer | of one | a prompt of 256, ms |",
-        "|---|---|---|---|---|",
-    ]
-    for each in figures:
-        times = (each.decodes_ms, each.decode_ms, each.prefill_ms)
-        lines.append(f"| {each.block_size} | {each.waste:.1%} | {' | '.join(f'{ms:.3f}' for ms in times)} |")
-    return "\n".join(lines)
-
-
-def startup_text(figures: StartupFigures) -> str:
-    median = figures.median
-    summary = (
-        "From the start of `tokenbus serve` with the cached demo model to the first token of a prompt over MQTT: "
-        f"{median.first_token_s:.1f} s (median of {figures.rounds}; the slowest took {figures.slowest_first_token_s:.1f} s). The "
-        f"broker was there after {median.broker_s:.1f} s, the service online after {median.online_s:.1f} s."
-    )
-    lines = [summary, "", "| the worker | s | the service, meanwhile | s |", "|---|---|---|---|"]
-    columns = [
-        [f"{name} | {seconds:.2f}" for name, seconds in part.items()] for part in (figures.worker, figures.service)
-    ]
-    rows = zip_longest(*columns, fillvalue=" | ")
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 _WAYS: dict[WayName, str] = {
     "packed": "float32 on the CPU",
     "packed-invariant": "the same, `batch_invariant`",
@@ -298,7 +263,7 @@ PAGES: dict[str, dict[str, Text]] = {
         "directions": _simulated(scale_text.directions_table),
     },
     "docs/operations/install.md": {
-        "startup": lambda: _when_measured("startup.json", StartupFigures, startup_text),
+        "startup": lambda: _when_measured("startup.json", StartupFigures, engine_text.startup_text),
     },
     "docs/metrics.md": {
         "scrape": lambda: _when_measured("scrape.json", ScrapeFigures, scrape_line),
@@ -310,10 +275,24 @@ PAGES: dict[str, dict[str, Text]] = {
         "determinism": lambda: _when_measured("determinism.json", DeterminismFigures, determinism_table),
     },
     "docs/speculation.md": {
-        "speculation": lambda: _when_measured("speculation.json", SpeculationFigures, speculation_table),
+        "speculation": lambda: _when_measured("speculation.json", SpeculationFigures, engine_text.speculation_table),
+    },
+    "docs/decisions/0008-packed-linears.md": {
+        "linears": lambda: _when_measured("linears.json", LinearsFigures, engine_text.linears_table),
+        "floor": lambda: _when_measured("floor.json", FloorFigures, engine_text.floor_table),
+    },
+    "docs/decisions/0007-planning-ahead.md": {
+        "overlap": lambda: _when_measured("overlap.json", Overlap, engine_text.overlap_table),
+        "overhead": lambda: _when_measured("overhead.json", OverheadFigures, engine_text.overhead_line),
+    },
+    "docs/decisions/0011-structured-output.md": {
+        "structured": lambda: _when_measured("structured.json", StructuredFigures, engine_text.structured_line),
+    },
+    "docs/replicas.md": {
+        "replicas": lambda: _when_measured("replicas.json", ReplicaFigures, engine_text.replicas_line),
     },
     "docs/decisions/0015-block-size.md": {
-        "blocks": lambda: _when_measured("blocks.json", BlocksFigures, lambda figures: blocks_table(figures.sizes)),
+        "blocks": lambda: _when_measured("blocks.json", BlocksFigures, lambda figures: engine_text.blocks_table(figures.sizes)),
     },
     "docs/scale.md": {
         "load": _simulated(scale_text.load_text),

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks import determinism, report, startup, startup_parts
+from benchmarks import determinism, engine_text, report, startup, startup_parts
 from benchmarks.blocks import BlocksFigures
 from benchmarks.determinism import ConditionFigures, DeterminismFigures, WayFigures
 from benchmarks.fairness import FairnessFigures
@@ -190,7 +190,7 @@ def test_speculation_writes_the_same_tokens_in_fewer_steps(tmp_path):
     assert off["drafted_tokens"] == 0 < on["drafted_tokens"]
     assert case["step_ratio"] == off["steps"] / on["steps"]
     assert case["rate_ratio"] == on["output_tokens_per_s"] / off["output_tokens_per_s"]
-    table = report.speculation_table(msgspec.convert(figures, SpeculationFigures)).splitlines()
+    table = engine_text.speculation_table(msgspec.convert(figures, SpeculationFigures)).splitlines()
     assert [line.count("|") for line in table[:3]] == [7] * 3
 
 
@@ -210,7 +210,7 @@ def test_larger_blocks_leave_more_empty():
     wastes = [size["waste"] for size in sizes]
     assert wastes == sorted(wastes)
     assert wastes[0] > 0
-    assert report.blocks_table(msgspec.convert(figures, BlocksFigures).sizes).count("\n") == 6
+    assert engine_text.blocks_table(msgspec.convert(figures, BlocksFigures).sizes).count("\n") == 6
 
 
 async def test_determinism_finds_every_request_equal(served):
@@ -235,7 +235,7 @@ async def test_a_start_is_timed_and_so_are_its_parts(tmp_path):
     worker = await asyncio.to_thread(timed, startup_parts.worker(str(model)))
     service = await asyncio.to_thread(timed, startup_parts.service(str(model)))
     assert min(*worker.values(), *service.values()) > 0
-    table = report.startup_text(StartupFigures(1, start, 9.0, worker, service)).splitlines()[2:]
+    table = engine_text.startup_text(StartupFigures(1, start, 9.0, worker, service)).splitlines()[2:]
     assert [line.count("|") for line in table] == [5] * (2 + len(worker))
 
 
