@@ -21,16 +21,18 @@ def floor_table(figures: FloorFigures) -> str:
     ]
     summary = (
         f"{figures.weight_bytes / 1e6:,.0f} MB of {figures.weights} weights, memory read at "
-        f"{figures.read_bytes_per_s / 1e9:.1f} GB/s by as many threads; medians of {figures.rounds} rounds (`tokenbus bench floor`)."
+        f"{figures.read_bytes_per_s / 1e9:.1f} GB/s by as many threads; medians of {figures.rounds} rounds "
+        "(`tokenbus bench floor`)."
     )
     return "\n".join([*lines, "", summary])
 
 
 def overhead_line(figures: OverheadFigures) -> str:
+    waited_ms, step_ms = 1000 * figures.mean_waited_s, 1000 * figures.mean_step_s
     return (
-        f"With {figures.mean_rows:.0f} requests over MQTT the worker waits {figures.waited_share:.1%} of the time that its steps take, "
-        f"{1000 * figures.mean_waited_s:.2f} ms after each of {1000 * figures.mean_step_s:.1f} ms; the scheduler's process needs "
-        f"{figures.cores:.1%} of a core (`tokenbus bench overhead`)."
+        f"With {figures.mean_rows:.0f} requests over MQTT the worker waits {figures.waited_share:.1%} of the time that its steps "
+        f"take, {waited_ms:.2f} ms after each of {step_ms:.1f} ms; the scheduler's process needs {figures.cores:.1%} of a core "
+        "(`tokenbus bench overhead`)."
     )
 
 
@@ -50,8 +52,10 @@ def linears_table(figures: LinearsFigures) -> str:
     kinds = list(dict.fromkeys(step.weights for step in figures.steps))
     times = {(step.weights, step.rows): step.ms for step in figures.steps}
     lines = [f"| rows | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
-    for rows in dict.fromkeys(step.rows for step in figures.steps):
-        lines.append(f"| {rows} | {' | '.join(f'{times[kind, rows]:.1f}' for kind in kinds)} |")
+    lines += [
+        f"| {rows} | {' | '.join(f'{times[kind, rows]:.1f}' for kind in kinds)} |"
+        for rows in dict.fromkeys(step.rows for step in figures.steps)
+    ]
     summary = (
         f"Milliseconds of all linear layers of {figures.model}, {figures.threads} threads, medians of {figures.rounds} rounds "
         "(`tokenbus bench linears`)."
@@ -62,9 +66,9 @@ def linears_table(figures: LinearsFigures) -> str:
 def structured_line(figures: StructuredFigures) -> str:
     return (
         f"Of {figures.schemas} schemas {figures.refused} use what can't be enforced and are refused; of the other answers "
-        f"{figures.cut} reached their limit, {figures.valid} are valid and {len(figures.invalid)} aren't. A step of {figures.rows} "
-        f"rows takes {1000 * figures.structured_step_s:.1f} ms with a grammar for each and {1000 * figures.free_step_s:.1f} ms without, "
-        f"{figures.overhead:+.1%} (`tokenbus bench structured`)."
+        f"{figures.cut} reached their limit, {figures.valid} are valid and {len(figures.invalid)} aren't. A step of "
+        f"{figures.rows} rows takes {1000 * figures.structured_step_s:.1f} ms with a grammar for each and "
+        f"{1000 * figures.free_step_s:.1f} ms without, {figures.overhead:+.1%} (`tokenbus bench structured`)."
     )
 
 
@@ -72,8 +76,8 @@ def replicas_line(figures: ReplicaFigures) -> str:
     shares = " and ".join(f"{share:.1%}" for share in figures.shares)
     return (
         f"Two replicas with workers that only sleep, {figures.step_ms:.0f} ms a step of {figures.max_running} requests, give "
-        f"{figures.two_tokens_per_s:.0f} tokens/s, one gives {figures.one_tokens_per_s:.0f}: {figures.ratio:.2f}x; the two have {shares} of "
-        f"the tokens (`tokenbus bench replicas`, medians of {figures.rounds} rounds)."
+        f"{figures.two_tokens_per_s:.0f} tokens/s, one gives {figures.one_tokens_per_s:.0f}: {figures.ratio:.2f}x; the two have "
+        f"{shares} of the tokens (`tokenbus bench replicas`, medians of {figures.rounds} rounds)."
     )
 
 

@@ -292,7 +292,9 @@ PAGES: dict[str, dict[str, Text]] = {
         "replicas": lambda: _when_measured("replicas.json", ReplicaFigures, engine_text.replicas_line),
     },
     "docs/decisions/0015-block-size.md": {
-        "blocks": lambda: _when_measured("blocks.json", BlocksFigures, lambda figures: engine_text.blocks_table(figures.sizes)),
+        "blocks": lambda: _when_measured(
+            "blocks.json", BlocksFigures, lambda figures: engine_text.blocks_table(figures.sizes)
+        ),
     },
     "docs/scale.md": {
         "load": _simulated(scale_text.load_text),
