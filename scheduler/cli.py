@@ -66,6 +66,7 @@ _BENCHMARKS = (
     "adapters",
     "determinism",
     "startup",
+    "tracing",
     "scrape",
     "replicas",
 )

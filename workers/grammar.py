@@ -50,6 +50,8 @@ class Mask:
     def apply(self, logits: Tensor) -> Tensor:
         """Logits ``[n, V]`` with -inf for what isn't allowed; those that were given stay, for scores are the model's own."""
         allowed = torch.from_numpy(self.allowed.result().tokens).to(logits.device, non_blocking=True)
+        if len(self.rows) == len(logits):
+            return logits.masked_fill(~allowed, -torch.inf)
         masked = logits.clone()
         masked[self.rows] = logits[self.rows].masked_fill(~allowed, -torch.inf)
         return masked

@@ -135,10 +135,18 @@ def test_the_floor_of_decodes_looks_at_full_batches_only(files):
 
 
 def test_slow_reader_measures_both_ways(served):
-    sizes = ("--rounds", "1", "--flood", "4", "--tokens", "8", "--vocab", "97")
+    # Enough tokens that no stream comes in a single chunk: the tiny model is faster than the flushes.
+    sizes = ("--rounds", "1", "--flood", "4", "--tokens", "200", "--vocab", "97")
     figures = bench("slow_reader", "--model", served, *sizes)
     assert figures["rounds"] == 1
     assert figures["p99_ratio"] == figures["stopped_s"]["p99"] / figures["reading_s"]["p99"] > 0
+
+
+def test_tracing_counts_the_spans_of_every_request(served, files):
+    figures = bench("tracing", "--model", served, "--workload", str(files[0]), "--rounds", "2", "--tenants", "2")
+    assert figures["requests"] == 2 * 6
+    assert figures["spans"] == 5 * figures["requests"], "one for the request, four within it"
+    assert figures["share"] == figures["on_output_tokens_per_s"] / figures["off_output_tokens_per_s"] > 0
 
 
 def test_planning_times_every_case(tmp_path):
