@@ -124,7 +124,7 @@ def startup_text(figures: StartupFigures) -> str:
 
 def tracing_line(figures: TracingFigures) -> str:
     return (
-        f"With a collector that takes every span, {figures.spans:,} of {figures.requests:,} requests, 64 at once keep "
-        f"{figures.share:.1%} of the tokens/s that they have without, {figures.on_output_tokens_per_s:.1f} of "
+        f"With a collector that takes all {figures.spans:,} spans of {figures.requests:,} requests, tokens/s over MQTT are "
+        f"{figures.share:.1%} of what they are without, {figures.on_output_tokens_per_s:.1f} of "
         f"{figures.off_output_tokens_per_s:.1f} (`tokenbus bench tracing`, the median of {figures.rounds} alternating rounds)."
     )

@@ -19,6 +19,7 @@ from benchmarks.prefix import PrefixFigures
 from benchmarks.speculation import SpeculationFigures
 from benchmarks.startup import StartupFigures
 from benchmarks.startup_parts import timed
+from benchmarks.tracing import TracingFigures
 from benchmarks.workload import load, mixed
 from scheduler.config import Config, EngineConfig, ModelConfig
 from tests.workers.models import save, servable, tiny
@@ -142,11 +143,16 @@ def test_slow_reader_measures_both_ways(served):
     assert figures["p99_ratio"] == figures["stopped_s"]["p99"] / figures["reading_s"]["p99"] > 0
 
 
-def test_tracing_counts_the_spans_of_every_request(served, files):
-    figures = bench("tracing", "--model", served, "--workload", str(files[0]), "--rounds", "2", "--tenants", "2")
+def test_tracing_counts_the_spans_of_every_request(served, tmp_path):
+    workload = mixed(6, prompt=(3, 12), output=(200, 210), seed=2, vocab=97)
+    (tmp_path / "workload.json").write_bytes(msgspec.json.encode(workload))
+    sizes = ("--workload", str(tmp_path / "workload.json"), "--rounds", "2", "--tenants", "2")
+    figures = bench("tracing", "--model", served, *sizes)
     assert figures["requests"] == 2 * 6
     assert figures["spans"] == 5 * figures["requests"], "one for the request, four within it"
     assert figures["share"] == figures["on_output_tokens_per_s"] / figures["off_output_tokens_per_s"] > 0
+    line = engine_text.tracing_line(msgspec.convert(figures, TracingFigures))
+    assert "60 spans of 12 requests" in line
 
 
 def test_planning_times_every_case(tmp_path):
