@@ -29,7 +29,13 @@ _STOP_S = 5.0
 
 #: OpenMP threads spin at every barrier; when another process has one of their cores, each barrier would cost a time slice.
 #: A short spin costs nothing alone and keeps the worker usable on a shared machine (docs/decisions/0004-shared-cores.md).
-ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
+#: And malloc keeps what a step frees, for the next one asks for as much again: else the kernel takes tens of MB back and clears
+#: them page by page, in every step that draws tokens (mallopt(3); docs/decisions/0019-freed-memory-is-kept.md).
+ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "2000",
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # glibc takes no more
+}
 
 
 class WorkerDied(Exception):
