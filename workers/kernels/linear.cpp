@@ -1,6 +1,5 @@
-// y = scale * (x W^T) + bias for float32 x and y, and a weight that lies in panels of 2 W columns (output features): a panel
-// holds, for each k (input feature) in turn, the weights of all its columns.
-// What adapters add comes before the activation (lora.h).
+// y = scale * (x W^T) + bias, and what adapters add to that (lora.h), for float32 x and y, and a weight that lies in panels of
+// 2 W columns (output features): a panel holds, for each k (input feature) in turn, the weights of all its columns.
 //
 // A tile is a few rows of x times one panel. It stays in registers from the first k to the last, so every output is one
 // chain of fused multiply-adds, over k or, where the weight has 8 bits and so has x, over groups of k: the same bits whoever
@@ -34,22 +33,16 @@ typedef U Words __attribute__((aligned(4), may_alias));
 
 // A format has BYTES for each piece of a panel, and TILE_ROWS at most in a tile. That of a wide one is all columns of one k,
 // which it unpacks into two vectors.
-struct Wide {
-    // So many rows x 2 sums, 2 vectors of weights and one x in the 16 registers of AVX2. AVX-512 has registers for 12, but not
-    // x86 for the addresses of so many rows: 8 are as fast in arithmetic and leave one to fetch with.
-    static constexpr int TILE_ROWS = NATIVE == 16 ? 8 : 6;
-};
-
-struct Float32 : Wide {
-    static constexpr int BYTES = COLUMNS * 4;
+struct Float32 {
+    static constexpr int BYTES = COLUMNS * 4, TILE_ROWS = WIDE_ROWS;
     static void unpack(const char *p, F (&b)[2]) {
         for (int i = 0; i < 2; ++i) b[i] = load(reinterpret_cast<const float *>(p) + i * W);
     }
 };
 
 // Word j holds column j in its low half and j + W in its high half; a bfloat16 is the high half of a float.
-struct Bfloat16 : Wide {
-    static constexpr int BYTES = COLUMNS * 2;
+struct Bfloat16 {
+    static constexpr int BYTES = COLUMNS * 2, TILE_ROWS = WIDE_ROWS;
     static void unpack(const char *p, F (&b)[2]) {
         const U word = *reinterpret_cast<const Words *>(p);
         b[0] = (F)(word << 16);

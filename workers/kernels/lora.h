@@ -44,8 +44,6 @@ struct Adapters {
 
 namespace {
 
-constexpr int RUN_ROWS = 8;
-
 // What is added to one product of a step, once its rows went through A.
 class LowRank {
    public:
@@ -55,7 +53,7 @@ class LowRank {
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
         for (int64_t n = 0; n < runs_.count; ++n) {
             for (int64_t v = 0; v < adapters_.vectors; ++v) {
-                with_rows<RUN_ROWS>(runs_.runs[n].size, [&](auto rows) { narrow<rows>(x, in, runs_.runs[n], v); });
+                with_rows<WIDE_ROWS>(runs_.runs[n].size, [&](auto rows) { narrow<rows>(x, in, runs_.runs[n], v); });
             }
         }
     }
@@ -67,7 +65,7 @@ class LowRank {
         const Run *end = runs_.runs + runs_.count;
         const Run *run = std::partition_point(runs_.runs, end, before(chunk.begin));
         for (end = std::partition_point(run, end, before(chunk.begin + chunk.size)); run < end; ++run) {
-            with_rows<RUN_ROWS>(run->size, [&](auto rows) { widen<rows>(*run, adapters_.spans[p], to, chunk.begin); });
+            with_rows<WIDE_ROWS>(run->size, [&](auto rows) { widen<rows>(*run, adapters_.spans[p], to, chunk.begin); });
         }
     }
 
@@ -137,7 +135,7 @@ extern "C" int64_t group_rows(const int64_t *place, int64_t rows, int64_t *order
         for (int64_t begin = first, end; begin < grouped; begin = end) {
             const int64_t here = place[order[begin]];
             for (end = begin; end < grouped && place[order[end]] == here;) ++end;
-            const int64_t parts = ceil_div(end - begin, RUN_ROWS);
+            const int64_t parts = ceil_div(end - begin, WIDE_ROWS);
             for (int64_t n = 0; n < parts; ++n) {
                 const Part part(end - begin, parts, n);
                 runs[count++] = {here, begin + part.begin, part.size};
