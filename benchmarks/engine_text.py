@@ -17,9 +17,9 @@ from benchmarks.tracing import TracingFigures
 
 def adapters_line(figures: AdapterFigures) -> str:
     return (
-        f"{figures.adapters} adapters of rank {figures.rank} on all projections of attention and MLP, and a workload "
-        f"whose requests all go through one of them: {figures.used:.1f} output tokens/s, {figures.used_share:.1%} of the {figures.base:.1f} without "
-        f"adapters; with the same adapters and requests that name none {figures.unused:.1f}, {figures.unused_share:.1%} "
+        f"{figures.adapters} adapters of rank {figures.rank} on all projections of attention and MLP: a workload whose requests "
+        f"all go through one of them has {figures.used_share:.1%} of the output tokens/s that it has without adapters, "
+        f"{figures.used:.1f} of {figures.base:.1f}; one that names none of them {figures.unused_share:.1%}, {figures.unused:.1f} "
         f"(`tokenbus bench adapters`, medians of {figures.rounds} rounds)."
     )
 
