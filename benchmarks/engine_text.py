@@ -2,6 +2,7 @@
 
 from itertools import zip_longest
 
+from benchmarks.adapters import AdapterFigures
 from benchmarks.blocks import BlockFigures
 from benchmarks.floor import FloorFigures
 from benchmarks.linears import LinearsFigures
@@ -12,6 +13,15 @@ from benchmarks.speculation import SpeculationFigures
 from benchmarks.startup import StartupFigures
 from benchmarks.structured import StructuredFigures
 from benchmarks.tracing import TracingFigures
+
+
+def adapters_line(figures: AdapterFigures) -> str:
+    return (
+        f"{figures.adapters} adapters of rank {figures.rank} on all projections of attention and MLP: a workload whose requests "
+        f"all go through one of them has {figures.used_share:.1%} of the output tokens/s that it has without adapters, "
+        f"{figures.used:.1f} of {figures.base:.1f}; one that names none of them {figures.unused_share:.1%}, {figures.unused:.1f} "
+        f"(`tokenbus bench adapters`, medians of {figures.rounds} rounds)."
+    )
 
 
 def floor_table(figures: FloorFigures) -> str:

@@ -4,9 +4,10 @@
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
 ``accept.json`` is ``bench accept``, ``scrape.json`` ``bench scrape``. ``planning.json``, ``fairness.json``, ``prefix.json``,
 ``determinism.json``, ``blocks.json``, ``startup.json``, ``floor.json``, ``linears.json``, ``overlap.json``, ``overhead.json``,
-``structured.json``, ``replicas.json``, ``speculation.json`` and ``tracing.json`` are the benchmarks of those names, the fairness
-one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json`` ``tokenbus simulate
---suite all --plot docs/suites.png``, both simulated. ``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``.
+``structured.json``, ``replicas.json``, ``speculation.json``, ``tracing.json`` and ``adapters.json`` are the benchmarks of those
+names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
+``tokenbus simulate --suite all --plot docs/suites.png``, both simulated. ``peers.json`` is ``bench peers --workload FILE
+--plot docs/peers.png``.
 """
 
 import re
@@ -18,6 +19,7 @@ import msgspec
 
 from benchmarks import engine_text, scale_text
 from benchmarks.accept import AcceptFigures
+from benchmarks.adapters import AdapterFigures
 from benchmarks.blocks import BlocksFigures
 from benchmarks.determinism import ConditionFigures, DeterminismFigures, WayName
 from benchmarks.fairness import FairnessFigures, TenantFigures
@@ -271,6 +273,9 @@ PAGES: dict[str, dict[str, Text]] = {
     },
     "docs/scheduling.md": {
         "suites": lambda: suites_table(_read("suites.json", list[SuiteFigures])),
+    },
+    "docs/adapters.md": {
+        "adapters": lambda: _when_measured("adapters.json", AdapterFigures, engine_text.adapters_line),
     },
     "docs/determinism.md": {
         "determinism": lambda: _when_measured("determinism.json", DeterminismFigures, determinism_table),

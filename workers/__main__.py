@@ -97,7 +97,6 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
     agree = tensor_parallel.agree if ranks.count > 1 else None
     draft = _draft_model(config, model)
     kind = _attention(config, model)
-    adapters = Adapters(model.module, {name: Path(path) for name, path in config.adapters.items()}, config.max_adapters)
     expected = selftest.expect(model)
     rounding = None
     if config.weights == INT8:
@@ -107,6 +106,7 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
     if pack(model.module, config.weights) != model.dtype:
         # Rounded weights have logits of their own; then both ways are asked for those.
         expected = selftest.expect(model)
+    adapters = Adapters(model.module, {name: Path(path) for name, path in config.adapters.items()}, config.max_adapters)
     if config.batch_invariant:
         fix_shapes(model.module)
         kind = one_by_one(kind)

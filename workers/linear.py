@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +31,36 @@ class _Linear(ctypes.Structure):
     )
 
 
+class Adapters(Protocol):
+    """What is added to a product's outputs, before anything else is done with them."""
+
+    def addresses(self, rows: int) -> tuple[int | None, int | None]:
+        """The kernel's `Adapters` and `Runs` of a step of so many rows; no runs if nobody has an adapter."""
+
+
 class PackedLinear(nn.Module):
     """Stands in for an `nn.Linear` of float32 on the CPU, whose weight it doesn't keep.
 
     A row of the output is the same bits whatever other rows there are. int8 is one scale per output feature; then inputs
-    are rounded to 8 bits, too, each 64 of a row by a scale of their own. Raises CompileError, or ValueError for a layer that
-    doesn't fit.
+    are rounded to 8 bits, too, each 64 of a row by a scale of their own. ``widths``: the output features of each of the layers
+    that it stands in for. Raises CompileError, or ValueError for a layer that doesn't fit.
     """
 
-    def __init__(self, linear: nn.Linear, format: torch.dtype = torch.float32, *, up: nn.Linear | None = None) -> None:
-        """With ``up`` the output is ``silu(linear(x)) * up(x)``."""
+    adapters: Adapters | None = None
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        format: torch.dtype = torch.float32,
+        *,
+        up: nn.Linear | None = None,
+        widths: Sequence[int] = (),
+    ) -> None:
+        """With ``up`` the output is ``silu(linear(x)) * up(x)``. ``widths``: of the layers whose outputs follow each other in
+        ``linear``'s, if there are several."""
         super().__init__()
+        self.gated = up is not None
+        self.widths = tuple(widths) or tuple(each.out_features for each in (linear, up) if each is not None)
         self.in_features, self.out_features, self.format = linear.in_features, linear.out_features, format
         self._kernel = kernel().linear
         columns = kernel().panel_columns()
@@ -56,7 +77,7 @@ class PackedLinear(nn.Module):
         self._tensors = (_panels(weight, columns), scale, bias)
         addresses = (tensor.data_ptr() for tensor in self._tensors)
         self._linear = _Linear(
-            *addresses, self.in_features, self.out_features, FORMATS.index(format), gated=int(up is not None)
+            *addresses, self.in_features, self.out_features, FORMATS.index(format), gated=int(self.gated)
         )
 
     @property
@@ -71,7 +92,8 @@ class PackedLinear(nn.Module):
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features)
         rows = x.numel() // self.in_features
-        self._kernel(ctypes.addressof(self._linear), x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+        added = (None, None) if self.adapters is None else self.adapters.addresses(rows)
+        self._kernel(ctypes.addressof(self._linear), x.data_ptr(), rows, y.data_ptr(), *added, torch.get_num_threads())
         return y
 
 
@@ -86,7 +108,9 @@ def unsupported(weight: Tensor) -> str | None:
 def kernel() -> ctypes.CDLL:
     """Raises CompileError."""
     library = load_library(SOURCE)
-    library.linear.argtypes, library.linear.restype = (c_void_p, c_void_p, c_int64, c_void_p, c_int64), None
+    library.linear.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64)
+    library.linear.restype = None
+    library.group_rows.argtypes, library.group_rows.restype = (c_void_p, c_int64, c_void_p, c_void_p), c_int64
     library.rms_norm.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p, c_int64)
     library.rms_norm.restype = None
     library.panel_columns.argtypes, library.panel_columns.restype = (), c_int64

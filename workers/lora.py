@@ -1,8 +1,7 @@
 """Low-rank adapters of PEFT (Hu et al., "LoRA", 2021) beside one base model: every row of a batch goes through its own, or none.
 
-The adapters that are in memory lie stacked, so that a layer multiplies the rows that have one by all of them at once and
-keeps, of each row, what is its own: two thin products more, however many adapters a batch holds (cf. Punica and S-LoRA,
-MLSys'24).
+Here they are opened, and given places in memory and to slots; what they add to packed layers is in `workers.packed_adapters`, and
+to torch's own in `workers.adapted` (cf. Punica and S-LoRA, MLSys'24).
 """
 
 from __future__ import annotations
@@ -10,15 +9,18 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
+
+from workers.adapted import Share
+from workers.linear import PackedLinear
+from workers.packed_adapters import PackedShare
 
 _FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -82,64 +84,45 @@ class Adapter:
             }
 
 
-@dataclass(slots=True)
-class _Share:
-    """Of the step under way: ``tokens`` int64 ``[n]``, which of its tokens have an adapter; ``own`` ``[n, places * rank]``, 1
-    where a column of the stacked product is of the token's own adapter, else 0. None: nobody has one."""
+class _Layer(Protocol):
+    """What adapters add to a layer, which stands in for as many of the model's as it has ``widths``, their output features."""
 
-    tokens: Tensor | None = None
-    own: Tensor = field(default_factory=lambda: torch.empty(0))
+    @property
+    def in_features(self) -> int: ...
 
+    @property
+    def widths(self) -> tuple[int, ...]: ...
 
-class AdaptedLinear(nn.Module):
-    """A linear layer, and what adapters add to it. ``base`` may be replaced by another form of itself."""
-
-    def __init__(self, base: nn.Linear, columns: int, share: _Share) -> None:
-        """``columns``: places for adapters, times their rank."""
-        super().__init__()
-        self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
-        like: Any = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.down = nn.Parameter(torch.zeros(columns, base.in_features, **like), requires_grad=False)
-        self.up = nn.Parameter(torch.zeros(columns, base.out_features, **like), requires_grad=False)
-        self._share = share
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[1, T, in]`` -> ``[1, T, out]``."""
-        y: Tensor = self.base(x)
-        tokens = self._share.tokens
-        if tokens is not None:
-            inner = linear(x[0, tokens], self.down) * self._share.own
-            y[0].index_add_(0, tokens, linear(inner, self.up.T))
-        return y
-
-    def put(self, columns: slice, down: Tensor | None, up: Tensor | None) -> None:
-        """Fill these columns with an adapter's weights, or with nothing."""
-        for stack, weight in ((self.down, down), (self.up, None if up is None else up.T)):
-            stack[columns] = 0
-            if weight is not None:
-                stack[columns.start : columns.start + len(weight)] = weight.to(stack)
+    def put(self, place: int, weights: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Fill a place with an adapter's A ``[rank, in]`` and B ``[out, rank]`` of each part that it changes."""
 
 
 class Adapters:
     """The adapters of one model: ``places`` of them in memory at a time, the least recently used one gives way.
 
-    ``known``: by name. Raises AdapterRefused when one doesn't fit the model.
+    ``known``: by name. Raises AdapterRefused when one doesn't fit the model, which must have been packed if it is to be.
     """
 
     def __init__(self, module: PreTrainedModel, known: Mapping[str, Path], places: int) -> None:
         self._known = {name: Adapter.open(name, path) for name, path in known.items()}
-        self._rank = max((adapter.rank for adapter in self._known.values()), default=0)
-        self._share = _Share()
+        rank = max((adapter.rank for adapter in self._known.values()), default=0)
+        packed = any(isinstance(layer, PackedLinear) for layer in module.modules())
+        self._share = PackedShare(places, rank) if packed else Share(places, rank, module.dtype, module.device)
         self._places: OrderedDict[str, int] = OrderedDict()
         self._free = list(range(places))
         self._num_places = places
         self._of_slot: dict[int, str] = {}
-        self._layers: dict[str, AdaptedLinear] = {}
+        #: By the product's own name; and of each of the model's layers, which part of which product it is.
+        self._products: dict[str, _Layer] = {}
+        self._parts: dict[str, tuple[str, int]] = {}
         for adapter in self._known.values():
-            for layer in adapter.layers - self._layers.keys():
-                self._layers[layer] = _adapt(module, layer, adapter.name, places * self._rank, self._share)
-            _check(adapter, self._layers)
+            for name, (down, up) in adapter.weights().items():
+                layer, part = self._adapt(module, adapter.name, name)
+                expected = ((adapter.rank, layer.in_features), (layer.widths[part], adapter.rank))
+                if (tuple(down.shape), tuple(up.shape)) != expected:
+                    raise AdapterRefused(
+                        f"adapter {adapter.name}: the weights of {name} have other shapes than the model's"
+                    )
 
     def assign(self, slot: int, name: str) -> None:
         """From now on the slot goes through this adapter; "": the base model alone."""
@@ -154,17 +137,10 @@ class Adapters:
         needed = dict.fromkeys(filter(None, names))
         if len(needed) > self._num_places:
             raise ValueError(f"{len(needed)} adapters in one step, {self._num_places} at once are served")
-        self._share.tokens = None
-        if not needed:
-            return
         for name in needed:
             self._place(name, needed)
-        of_row = torch.tensor([self._places.get(name, -1) for name in names])
-        place = of_row.repeat_interleave(torch.tensor(lengths))
-        tokens = (place >= 0).nonzero()[:, 0]
-        own = nn.functional.one_hot(place[tokens], self._num_places).repeat_interleave(self._rank, dim=1)
-        some = next(iter(self._layers.values())).down
-        self._share.tokens, self._share.own = tokens.to(some.device), own.to(some)
+        place = torch.tensor([self._places.get(name, -1) for name in names])
+        self._share.set(place.repeat_interleave(torch.tensor(lengths)) if needed else None)
 
     def __bool__(self) -> bool:
         return bool(self._known)
@@ -179,30 +155,35 @@ class Adapters:
         self._places.move_to_end(name)
 
     def _load(self, name: str, place: int) -> None:
-        columns = slice(place * self._rank, (place + 1) * self._rank)
-        weights = self._known[name].weights()
-        for layer, adapted in self._layers.items():
-            adapted.put(columns, *weights.get(layer, (None, None)))
+        weights: dict[str, dict[int, tuple[Tensor, Tensor]]] = {product: {} for product in self._products}
+        for layer, of_layer in self._known[name].weights().items():
+            product, part = self._parts[layer]
+            weights[product][part] = of_layer
+        for product, of_product in weights.items():
+            self._products[product].put(place, of_product)
+
+    def _adapt(self, module: PreTrainedModel, adapter: str, layer: str) -> tuple[_Layer, int]:
+        """The layer that does this one's work, adapted, and which part of it that is."""
+        if layer not in self._parts:
+            parent, _, name = layer.rpartition(".")
+            try:
+                owner = module.get_submodule(parent)
+                own, part = _product(owner, name)
+                base = owner.get_submodule(own)
+            except AttributeError:
+                raise AdapterRefused(f"adapter {adapter}: the model has no layer {layer}") from None
+            product = f"{parent}.{own}"
+            if product not in self._products:
+                adapted = None if base is module.get_output_embeddings() else self._share.adapt(owner, own)
+                if adapted is None:
+                    raise AdapterRefused(f"adapter {adapter}: {layer} is no linear layer below the head")
+                self._products[product] = adapted
+            self._parts[layer] = product, part
+        product, part = self._parts[layer]
+        return self._products[product], part
 
 
-def _adapt(module: PreTrainedModel, layer: str, adapter: str, columns: int, share: _Share) -> AdaptedLinear:
-    """Put an adapted layer in the place of a linear one."""
-    parent, _, name = layer.rpartition(".")
-    try:
-        owner = module.get_submodule(parent)
-        base = owner.get_submodule(name)
-    except AttributeError:
-        raise AdapterRefused(f"adapter {adapter}: the model has no layer {layer}") from None
-    if type(base) is not nn.Linear or base is module.get_output_embeddings():
-        raise AdapterRefused(f"adapter {adapter}: {layer} is no linear layer below the head")
-    adapted = AdaptedLinear(base, columns, share)
-    setattr(owner, name, adapted)
-    return adapted
-
-
-def _check(adapter: Adapter, layers: Mapping[str, AdaptedLinear]) -> None:
-    for name, (down, up) in adapter.weights().items():
-        layer, rank = layers[name], adapter.rank
-        expected = ((rank, layer.in_features), (layer.out_features, rank))
-        if (tuple(down.shape), tuple(up.shape)) != expected:
-            raise AdapterRefused(f"adapter {adapter.name}: the weights of {name} have other shapes than the model's")
+def _product(owner: nn.Module, name: str) -> tuple[str, int]:
+    """Under which name a layer of the model's is found, and which part of what is found it is."""
+    merged: Mapping[str, tuple[str, ...]] = getattr(owner, "merged", {})
+    return next(((product, parts.index(name)) for product, parts in merged.items() if name in parts), (name, 0))

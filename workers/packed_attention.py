@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,17 @@ class PackedAttention(nn.Module):
     weights that can't be packed.
     """
 
+    #: The layers of the model that a product stands in for.
+    merged: ClassVar = {"qkv": ("q_proj", "k_proj", "v_proj")}
+
     def __init__(self, layer: Any, projection: nn.Linear, format: torch.dtype, given: dict[str, Any]) -> None:
         super().__init__()
         self.config, self.layer_idx, self.head_dim = layer.config, layer.layer_idx, layer.head_dim
         # transformers' own attention functions look for these.
         self.num_key_value_groups, self.is_causal = layer.num_key_value_groups, layer.is_causal
-        self.qkv = PackedLinear(projection, format)
-        self.o_proj = PackedLinear(layer.o_proj, format)
         self._heads = _heads(layer)
+        self.qkv = PackedLinear(projection, format, widths=[count * self.head_dim for count in self._heads])
+        self.o_proj = PackedLinear(layer.o_proj, format)
         self._given = given
         self._eager: Callable[..., tuple[Tensor, Any]] = sys.modules[type(layer).__module__].eager_attention_forward
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,16 @@ logger = logging.getLogger(__name__)
 class PackedMLP(nn.Module):
     """``down(silu(gate(x)) * up(x))``, gate and up in one product; ``down`` stays what it is."""
 
+    #: The layers of the model that a product stands in for.
+    merged: ClassVar = {"gate_up": ("gate_proj", "up_proj")}
+
     def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Module, format: torch.dtype) -> None:
         super().__init__()
         self.gate_up = PackedLinear(gate, format, up=up)
-        self.down = down
+        self.down_proj = down
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(self.gate_up(x))
+        out: Tensor = self.down_proj(self.gate_up(x))
         return out
 
 

@@ -72,8 +72,8 @@ class LocalEngine:
         agree = None
         if ranks is not None:
             model, agree = tensor_parallel.share(model, ranks, model.device), tensor_parallel.agree
-        loaded = Adapters(model.module, adapters or {}, max_adapters)
         pack(model.module, weights)
+        loaded = Adapters(model.module, adapters or {}, max_adapters)
         if batch_invariant:
             fix_shapes(model.module)
         drafter: Drafter | None = NGram() if draft == "ngram" else None

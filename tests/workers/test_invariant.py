@@ -128,8 +128,18 @@ def test_what_can_not_be_proven_is_refused(tmp_path, monkeypatch):
         start(config(save(tiny("llama", hidden_size=256), tmp_path), weights="plain"), Ranks(1))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weights": "plain", "batch_invariant": True},
+        {"weights": "float32"},
+        {"weights": "bfloat16"},
+        {"weights": "int8", "batch_invariant": True},
+    ],
+    ids=lambda settings: settings["weights"],
+)
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_the_rows_of_an_adapter_are_the_same_bits_in_any_company_and_wherever_it_lies(tmp_path):
+def test_the_rows_of_an_adapter_are_the_same_bits_in_any_company_and_wherever_it_lies(tmp_path, settings):
     base = tiny("llama", hidden_size=256)
     paths = {}
     for number, name in enumerate("abcd"):
@@ -137,7 +147,7 @@ def test_the_rows_of_an_adapter_are_the_same_bits_in_any_company_and_wherever_it
         adapt(base, paths[name], number, r=8, lora_alpha=16, target_modules=["q_proj", "down_proj"])
 
     def scores(*names: str) -> list:
-        engine = LocalEngine(copy.deepcopy(base), adapters=paths, batch_invariant=True, budget=40)
+        engine = LocalEngine(copy.deepcopy(base), adapters=paths, budget=40, **settings)
         for name in names:
             engine.submit(name, [*range(3, 14)], 12, Sampling(logprobs=0), adapter=name)
         engine.finish()

@@ -9,10 +9,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from protocol.plan import Sampling
+from scheduler.sampling import seed_of
 from tests.workers.adapters import adapt
 from tests.workers.engine import LocalEngine
 from tests.workers.models import generate, tiny
+from workers.adapted import AdaptedLinear
 from workers.lora import AdapterRefused, Adapters
+from workers.packing import pack
 
 # PEFT asks transformers for something that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -47,10 +51,11 @@ def prompt(number: int) -> list[int]:
     return torch.randint(3, 97, (5 + 3 * number,), generator=torch.Generator().manual_seed(number)).tolist()
 
 
+@pytest.mark.parametrize("weights", ["plain", "float32"])
 @pytest.mark.parametrize("draft", ["ngram", "model"])
-def test_drafts_change_no_token_of_an_adapter(base, adapted, draft):
+def test_drafts_change_no_token_of_an_adapter(base, adapted, draft, weights):
     way = draft if draft == "ngram" else copy.deepcopy(base)
-    engine = LocalEngine(copy.deepcopy(base), weights="plain", adapters=paths(adapted), draft=way)
+    engine = LocalEngine(copy.deepcopy(base), weights=weights, adapters=paths(adapted), draft=way)
     rows = [(name or "base", name) for name in ("", *KINDS)]
     for id, name in rows:
         engine.submit(id, prompt(1), LENGTH, adapter=name)
@@ -70,6 +75,29 @@ def test_each_row_of_a_mixed_batch_is_what_peft_gives(base, adapted, weights):
     for id, name, number in rows:
         assert engine.outputs[id] == generate(adapted[name][1] if name else base, prompt(number), LENGTH), id
     assert len({tuple(engine.outputs[id]) for id, _, number in rows if number == 0}) == len(KINDS) + 1
+
+
+def test_several_texts_of_one_prompt_go_through_its_adapter(base, adapted):
+    def texts(choices: int, *seeds: int) -> dict[str, list[int]]:
+        engine = LocalEngine(copy.deepcopy(base), adapters=paths(adapted))
+        for seed in seeds:
+            sampling = Sampling(1.0, seed=seed)
+            engine.submit(f"{seed}", prompt(2), LENGTH, sampling, adapter="large", choices=choices)
+        return engine.finish()
+
+    together, seeds = texts(3, 5), [seed_of(5, index) for index in range(3)]
+    assert list(together.values()) == list(texts(1, *seeds).values())
+    assert len({tuple(text) for text in together.values()}) == 3
+
+
+def test_adapted_layers_stay_fused(base, adapted):
+    packed, plain = copy.deepcopy(base), copy.deepcopy(base)
+    pack(packed, "float32")
+    expected = {type(layer) for layer in packed.modules()}
+    assert Adapters(packed, paths(adapted), 1)
+    assert {type(layer) for layer in packed.modules()} == expected
+    assert Adapters(plain, paths(adapted), 1)
+    assert AdaptedLinear in {type(layer) for layer in plain.modules()}
 
 
 def test_one_place_serves_them_one_after_the_other(base, adapted):
@@ -103,9 +131,11 @@ def change(path: Path, tmp_path: Path, **settings) -> Path:
     ],
 )
 def test_what_would_be_served_wrongly_is_refused(base, adapted, tmp_path, settings, reason):
-    path = change(adapted["small"][0], tmp_path, **settings)
-    with pytest.raises(AdapterRefused, match=reason):
-        Adapters(copy.deepcopy(base), {"bad": path}, 1)
+    path, packed = change(adapted["small"][0], tmp_path, **settings), copy.deepcopy(base)
+    pack(packed, "float32")
+    for module in (copy.deepcopy(base), packed):
+        with pytest.raises(AdapterRefused, match=reason):
+            Adapters(module, {"bad": path}, 1)
 
 
 def test_an_adapter_of_another_model_or_none_at_all_is_refused(adapted, tmp_path):

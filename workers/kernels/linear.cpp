@@ -1,5 +1,5 @@
-// y = scale * (x W^T) + bias for float32 x and y, and a weight that lies in panels of 2 W columns (output features): a panel
-// holds, for each k (input feature) in turn, the weights of all its columns.
+// y = scale * (x W^T) + bias, and what adapters add to that (lora.h), for float32 x and y, and a weight that lies in panels of
+// 2 W columns (output features): a panel holds, for each k (input feature) in turn, the weights of all its columns.
 //
 // A tile is a few rows of x times one panel. It stays in registers from the first k to the last, so every output is one
 // chain of fused multiply-adds, over k or, where the weight has 8 bits and so has x, over groups of k: the same bits whoever
@@ -9,9 +9,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 
 #include "int8.h"
+#include "lora.h"
 #include "simd.h"
+#include "tiles.h"
 
 extern "C" {
 
@@ -26,33 +29,20 @@ struct Linear {
 
 namespace {
 
-constexpr int COLUMNS = 2 * W;      // of a panel
-constexpr int CHUNK_ROWS = 128;     // rows of x that stay in L2 while the panels go by
-constexpr int AHEAD = 2048;         // bytes: panels come from memory, where a page's end stops the hardware's prefetch
-constexpr int64_t ALONE = 1 << 18;  // multiply-adds that aren't worth waking other threads for
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 typedef U Words __attribute__((aligned(4), may_alias));
 
 // A format has BYTES for each piece of a panel, and TILE_ROWS at most in a tile. That of a wide one is all columns of one k,
 // which it unpacks into two vectors.
-struct Wide {
-    // So many rows x 2 sums, 2 vectors of weights and one x in the 16 registers of AVX2. AVX-512 has registers for 12, but not
-    // x86 for the addresses of so many rows: 8 are as fast in arithmetic and leave one to fetch with.
-    static constexpr int TILE_ROWS = NATIVE == 16 ? 8 : 6;
-};
-
-struct Float32 : Wide {
-    static constexpr int BYTES = COLUMNS * 4;
+struct Float32 {
+    static constexpr int BYTES = COLUMNS * 4, TILE_ROWS = WIDE_ROWS;
     static void unpack(const char *p, F (&b)[2]) {
         for (int i = 0; i < 2; ++i) b[i] = load(reinterpret_cast<const float *>(p) + i * W);
     }
 };
 
 // Word j holds column j in its low half and j + W in its high half; a bfloat16 is the high half of a float.
-struct Bfloat16 : Wide {
-    static constexpr int BYTES = COLUMNS * 2;
+struct Bfloat16 {
+    static constexpr int BYTES = COLUMNS * 2, TILE_ROWS = WIDE_ROWS;
     static void unpack(const char *p, F (&b)[2]) {
         const U word = *reinterpret_cast<const Words *>(p);
         b[0] = (F)(word << 16);
@@ -123,9 +113,9 @@ F silu(F x) {
     return x * select(x < 0, e, splat(1)) / (1 + e);
 }
 
-// R rows of x times panel p, which lies at `panel`, into y.
+// R rows of x times panel p, which lies at `panel`, and what is `added` [R][COLUMNS], if anything is, into y.
 template <class Format, int R, class X>
-void tile(const Linear &linear, const X &x, const char *panel, int64_t p, float *y, Ahead ahead) {
+void tile(const Linear &linear, const X &x, const char *panel, int64_t p, const float *added, float *y, Ahead ahead) {
     F sum[R][2] = {};
     multiply_panel<Format>(x, panel, ahead, sum);
     const int64_t width = linear.gated ? W : COLUMNS, column = p * width;
@@ -134,6 +124,7 @@ void tile(const Linear &linear, const X &x, const char *panel, int64_t p, float 
         for (int i = 0; i < 2; ++i) {
             const int64_t at = p * COLUMNS + i * W;
             sum[r][i] = sum[r][i] * load(linear.scale + at) + load(linear.bias + at);
+            if (added) sum[r][i] += load(added + r * COLUMNS + i * W);
         }
         if (linear.gated) sum[r][0] = silu(sum[r][0]) * sum[r][1];
         float *to = y + r * linear.out + column;
@@ -145,51 +136,40 @@ void tile(const Linear &linear, const X &x, const char *panel, int64_t p, float 
     }
 }
 
-template <class Format, int R, class X>
-void tile_of(int64_t rows, const Linear &linear, const X &x, const char *panel, int64_t p, float *y, Ahead ahead) {
-    if (rows == R) {
-        tile<Format, R>(linear, x, panel, p, y, ahead);
-    } else if constexpr (R > 1) {
-        tile_of<Format, R - 1>(rows, linear, x, panel, p, y, ahead);
-    }
-}
-
-// Part `index` of `count` as equal ones as can be: with AVX2 a tile of 4 rows runs at full speed, 6 and then 2 don't.
-struct Part {
-    int64_t begin, size;
-    Part(int64_t whole, int64_t count, int64_t index)
-        : begin(whole * index / count), size(whole * (index + 1) / count - begin) {}
-};
-
 // All of a chunk's rows times panel p, and the next panel fetched meanwhile, a share by each tile: memory and arithmetic
 // are both busy all the time. Who comes to a panel that nobody has `fetched` fetches it just ahead of its first tile.
 template <class Format, class X>
-void pass(const Linear &linear, const X &x, int64_t rows, const char *panel, int64_t p, float *y, bool fetched) {
+void pass(const Linear &linear, const X &x, int64_t rows, const char *panel, int64_t p, const float *added, float *y,
+          bool fetched) {
     const int64_t tiles = ceil_div(rows, Format::TILE_ROWS), share = Format::BYTES / tiles;
     for (int64_t t = 0; t < tiles; ++t) {
         const Part part(rows, tiles, t);
         const bool in_time = tiles > 1 && (fetched || t);
         const Ahead ahead = in_time ? Ahead{panel + x.pieces * (Format::BYTES + t * share), share}
                                     : Ahead{panel + AHEAD, Format::BYTES};
-        tile_of<Format, Format::TILE_ROWS>(part.size, linear, x.from(part.begin), panel, p,
-                                           y + part.begin * linear.out, ahead);
+        const float *more = added ? added + part.begin * COLUMNS : nullptr;
+        with_rows<Format::TILE_ROWS>(part.size, [&](auto size) {
+            tile<Format, size>(linear, x.from(part.begin), panel, p, more, y + part.begin * linear.out, ahead);
+        });
     }
 }
 
 template <class Format, class X>
-void multiply(const Linear &linear, const X &x, int64_t rows, float *y, int64_t threads) {
+void multiply(const Linear &linear, const X &x, int64_t rows, const LowRank *adapted, float *y, int64_t threads) {
     const int64_t panels = ceil_div(linear.out, linear.gated ? W : COLUMNS), chunks = ceil_div(rows, CHUNK_ROWS);
     const int64_t bytes = x.pieces * Format::BYTES;
 #pragma omp parallel num_threads(threads)
     {
         const char *next = nullptr;
+        float added[CHUNK_ROWS * COLUMNS];
 #pragma omp for schedule(static) collapse(2)
         for (int64_t c = 0; c < chunks; ++c) {
             for (int64_t p = 0; p < panels; ++p) {
                 const Part chunk(rows, chunks, c);
                 const char *panel = linear.weight + p * bytes;
-                pass<Format>(linear, x.from(chunk.begin), chunk.size, panel, p, y + chunk.begin * linear.out,
-                             panel == next);
+                if (adapted) adapted->widen(chunk, p, added);
+                pass<Format>(linear, x.from(chunk.begin), chunk.size, panel, p, adapted ? added : nullptr,
+                             y + chunk.begin * linear.out, panel == next);
                 next = panel + bytes;
             }
         }
@@ -219,13 +199,17 @@ extern "C" void rms_norm(const float *x, int64_t rows, int64_t width, const floa
     }
 }
 
-// x: [rows, in], y: [rows, out], dense.
-extern "C" void linear(const Linear *linear, const float *x, int64_t rows, float *y, int64_t threads) {
+// x: [rows, in], y: [rows, out], dense. `runs`: null where no row has an adapter; else of as many rows, for `adapters`.
+extern "C" void linear(const Linear *linear, const float *x, int64_t rows, float *y, const Adapters *adapters,
+                       const Runs *runs, int64_t threads) {
     if (rows * linear->in * linear->out <= ALONE) threads = 1;
+    std::optional<LowRank> low;
+    if (runs) low.emplace(*adapters, *runs, x, linear->in, threads);
+    const LowRank *adapted = low ? &*low : nullptr;
     const Rows plain{x, linear->in};
     switch (linear->format) {
-        case 0: return multiply<Float32>(*linear, plain, rows, y, threads);
-        case 1: return multiply<Bfloat16>(*linear, plain, rows, y, threads);
-        case 2: return multiply<Int8>(*linear, round_rows(x, rows, linear->in, threads), rows, y, threads);
+        case 0: return multiply<Float32>(*linear, plain, rows, adapted, y, threads);
+        case 1: return multiply<Bfloat16>(*linear, plain, rows, adapted, y, threads);
+        case 2: return multiply<Int8>(*linear, round_rows(x, rows, linear->in, threads), rows, adapted, y, threads);
     }
 }
