@@ -22,6 +22,7 @@ _LENGTH = struct.Struct(">I")
 AttentionName = Literal["auto", "reference", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 WeightsName = Literal["auto", "plain", "float32", "bfloat16", "int8"]
+ExecutionName = Literal["auto", "eager", "graphs", "compiled"]
 
 
 #: How a worker drafts that has no draft model.
@@ -31,7 +32,8 @@ NGRAM = "ngram"
 class WorkerConfig(msgspec.Struct, frozen=True):
     """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``adapters``: directories
     of LoRA adapters by name, ``max_adapters`` of which are in memory at a time. ``speculation``: how it drafts, `NGRAM` or the
-    directory of a draft model, if it does.
+    directory of a draft model, if it does. ``execution``: whether, on CUDA, decodes are replayed from graphs, and whether layers are
+    compiled.
     """
 
     model: str
@@ -49,6 +51,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     adapters: dict[str, str] = {}
     max_adapters: int = 0
     speculation: str | None = None
+    execution: ExecutionName = "auto"
 
 
 #: Comes instead of a token that can't be sampled: the grammar of its sequence can't be followed any further.

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from protocol import topics
-from protocol.plan import AttentionName, DtypeName, WeightsName, WorkerConfig
+from protocol.plan import AttentionName, DtypeName, ExecutionName, WeightsName, WorkerConfig
 from protocol.transport import BrokerAddress
 from scheduler.core.policies import PolicyName
 from scheduler.core.speculation import Speculation
@@ -45,6 +45,8 @@ class ModelConfig(Section, frozen=True):
     """What is served. ``alias`` is its name in topics; ``path`` a directory of safetensors, or the demo model's name.
 
     ``weights``: how linear layers hold theirs on the CPU, beside activations in float32; ``plain``: as torch does.
+    ``execution``: on CUDA ``eager`` launches a step's kernels one by one, ``graphs`` replays decodes, ``compiled`` does so with layers
+    that torch compiled when the worker started; ``auto`` is ``compiled``.
     ``adapters``: LoRA adapters as PEFT saves them, directories by name, for requests of model ``alias:name``; ``max_adapters``
     of them are in memory, and in a step, at once.
     ``tool_parser``: the format of tool calls; absent: the one that the chat template shows.
@@ -56,6 +58,7 @@ class ModelConfig(Section, frozen=True):
     weights: WeightsName = "auto"
     device: str = "auto"
     attention: AttentionName = "auto"
+    execution: ExecutionName = "auto"
     threads: Count | None = None
     max_model_len: Count | None = None
     adapters: dict[str, str] = {}
@@ -261,6 +264,7 @@ class Config(Section, frozen=True):
             weights=model.weights,
             device=model.device,
             attention=model.attention,
+            execution=model.execution,
             threads=model.threads,
             block_size=engine.block_size,
             num_blocks=engine.num_blocks,

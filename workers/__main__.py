@@ -14,6 +14,7 @@ import torch
 from protocol import plan
 from workers import selftest
 from workers.attention import AttentionBackend, choose
+from workers.compiled import compile_layers
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
 from workers.grammar import Grammars
@@ -79,7 +80,10 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
     draft = _draft_model(config, model)
     kind = _attention(config, model)
     adapters = Adapters(model.module, {name: Path(path) for name, path in config.adapters.items()}, config.max_adapters)
+    execution = _execution(config, kind)
     expected = selftest.expect(model)
+    if execution == "compiled":
+        compile_layers(model.module)
     if pack(model.module, config.weights) != model.dtype:
         # Rounded weights have logits of their own; then both ways are asked for those.
         expected = selftest.expect(model)
@@ -98,6 +102,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         max_model_len=max_model_len,
         adapters=adapters,
         drafter=_drafter(config, draft, num_blocks),
+        graphs=execution != "eager" and draft is None,
     )
     return runner, plan.WorkerInfo(
         model_path=str(model.path),
@@ -134,6 +139,15 @@ def _attention(config: plan.WorkerConfig, model: Model) -> type[AttentionBackend
         block_size=config.block_size,
         attributes=model.attributes,
     )
+
+
+def _execution(config: plan.WorkerConfig, kind: type[AttentionBackend]) -> plan.ExecutionName:
+    """How steps are run. Raises ValueError for what the attention backend doesn't allow."""
+    if config.execution == "auto":
+        return "compiled" if kind.capturable else "eager"
+    if config.execution != "eager" and not kind.capturable:
+        raise ValueError(f"execution {config.execution!r}: steps with attention backend {kind.name!r} can't be captured")
+    return config.execution
 
 
 def _draft_model(config: plan.WorkerConfig, model: Model) -> Model | None:

@@ -39,7 +39,7 @@ def attending(attend: Attend) -> Iterator[None]:
         _attend.reset(token)
 
 
-def _paged_attention(
+def paged_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -64,4 +64,4 @@ def _paged_attention(
     return _attend.get()(layer, q, k, v, attributes).unsqueeze(0), None
 
 
-AttentionInterface.register(NAME, _paged_attention)
+AttentionInterface.register(NAME, paged_attention)

@@ -40,12 +40,12 @@ class PackedMLP(nn.Module):
 
 @torch.inference_mode()
 def pack(module: PreTrainedModel, weights: WeightsName) -> torch.dtype:
-    """Pack all linear layers of a model, and fuse what can be; ``auto`` is float32 where that is possible, and plain elsewhere.
+    """Pack all linear layers of a model, and fuse what can be; ``auto`` is float32 where that is possible on a CPU, and plain elsewhere.
 
     Returns what the weights are held in now. An embedding that shares the head's weight keeps it. Raises ValueError when
     ``weights`` can't be had, with the reason.
     """
-    if weights == PLAIN:
+    if weights == PLAIN or (weights == "auto" and module.device.type != "cpu"):
         return module.dtype
     format = torch.float32 if weights == "auto" else getattr(torch, weights)
     reason = _unsupported(module, format)

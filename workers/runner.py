@@ -13,37 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from protocol.plan import Scored, StepPlan, StepResult, Verdict
-from workers.attention import AttentionBackend, Attributes
-from workers.bridge import attending
+from workers.attention import AttentionBackend
 from workers.drafts import Drafter, judge
+from workers.forward import forward
 from workers.grammar import Grammars, Mask
+from workers.graphs import DecodeGraphs, decodes_alone
 from workers.lora import Adapters
 from workers.sampler import Sampler
 from workers.scores import Scores, Stretch
-from workers.slots import Inputs, Slots
-
-
-def forward(
-    module: PreTrainedModel,
-    backend: AttentionBackend,
-    inputs: Inputs,
-    keep: Tensor,
-) -> Tensor:
-    """One pass over a ragged batch; logits ``[len(keep), V]`` of its tokens at ``keep``."""
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes) -> Tensor:
-        return backend.attend(layer, query, key, value, inputs.batch, attributes)
-
-    with attending(attend):
-        output = module(
-            input_ids=inputs.ids[None],
-            position_ids=inputs.positions[None],
-            attention_mask=None,
-            use_cache=False,
-            logits_to_keep=keep,
-        )
-    logits: Tensor = output.logits[0]
-    return logits
+from workers.slots import Drawn, Slots
 
 
 class Runner:
@@ -59,6 +37,7 @@ class Runner:
         max_model_len: int,
         adapters: Adapters | None = None,
         drafter: Drafter | None = None,
+        graphs: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         blocks = -(-max_model_len // backend.block_size)
@@ -71,6 +50,7 @@ class Runner:
         self._drafter = drafter
         self._adapters = adapters
         self._clock = clock
+        self._graphs = DecodeGraphs(module, backend, self._slots) if graphs else None
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
@@ -78,18 +58,11 @@ class Runner:
         begun = self._clock()
         self._admit(plan)
         drafted = self._draft(plan)
-        inputs = self._slots.inputs(plan, drafted)
-        if self._drafter is not None:
-            self._drafter.follow(inputs)
-        if self._adapters:
-            self._adapters.use(*_slots_and_lengths(plan, drafted))
-        drawn = _drawn(plan, drafted, inputs)
         mask = self._grammars.mask(_sampled(plan))
         stretches = self._scores.stretches(plan)
-        keep = torch.cat([drawn, *(stretch.kept(drawn.device) for stretch in stretches)])
-        logits = forward(self._module, self._backend, inputs, keep)
-        count = len(drawn)
-        sampled = self._sample(plan, drafted, inputs, drawn, logits[:count], mask) if count else ([], {}, [])
+        logits, drawn = self._compute(plan, drafted, stretches)
+        count = len(drawn.ids)
+        sampled = self._sample(plan, drafted, drawn, logits[:count], mask) if count else ([], {}, [])
         tokens, scored, verdicts = sampled
         prompts = self._score(stretches, logits[count:])
         seconds = self._clock() - begun
@@ -113,20 +86,30 @@ class Runner:
         assert self._drafter is not None, "only who drafts is asked to"
         return self._drafter.draft(self._slots, plan.verifications)
 
+    def _compute(self, plan: StepPlan, drafted: list[int], stretches: list[Stretch]) -> tuple[Tensor, Drawn]:
+        """The forward pass; logits ``[n, V]`` of the tokens after which one is sampled, then of all stretches."""
+        adapted = bool(self._adapters) and self._adapters.use(*_slots_and_lengths(plan, drafted))
+        if self._graphs is not None and not adapted and decodes_alone(plan):
+            return self._graphs.replay(self._slots.advance(plan))
+        inputs = self._slots.inputs(plan, drafted)
+        if self._drafter is not None:
+            self._drafter.follow(inputs)
+        keep = torch.cat([inputs.drawn, *(stretch.kept(inputs.drawn.device) for stretch in stretches)])
+        return forward(self._module, self._backend, inputs, keep), inputs.select()
+
     def _sample(
-        self, plan: StepPlan, drafted: list[int], inputs: Inputs, drawn: Tensor, logits: Tensor, mask: Mask | None
+        self, plan: StepPlan, drafted: list[int], drawn: Drawn, logits: Tensor, mask: Mask | None
     ) -> tuple[list[int], dict[int, Scored], list[Verdict]]:
-        """One token after each of the tokens at ``drawn``, int64 ``[n]``, by these ``[n, V]`` logits; with those the history
-        goes on."""
+        """One token after each of those ``drawn``, by these logits ``[n, V]``; with those the history goes on."""
         slots = _sampled(plan)
         plain = len(slots)
         for verification, drafts in zip(plan.verifications, drafted, strict=True):
             slots += [verification.slot] * (1 + drafts)
-        rows = self._slots.rows(slots, inputs.positions[drawn] + 1, inputs.batch.max_context_len)
+        rows = self._slots.rows(slots, drawn)
         tokens = self._sampler.sample(logits if mask is None else mask.apply(logits), rows)
         self._slots.tokens[rows.index, rows.positions] = tokens.int()
         scored = self._scores.sampled(logits[:plain], slots[:plain], tokens[:plain])
-        sampled, computed = torch.stack([tokens, inputs.ids[drawn]]).tolist() if drafted else (tokens.tolist(), [])
+        sampled, computed = torch.stack([tokens, drawn.ids]).tolist() if drafted else (tokens.tolist(), [])
         told = sampled[:plain] if mask is None else self._grammars.advance(mask, sampled[:plain])
         return told, scored, self._judge(plan, drafted, sampled[plain:], computed[plain:])
 
@@ -159,14 +142,3 @@ def _slots_and_lengths(plan: StepPlan, drafted: list[int]) -> tuple[list[int], l
     """Of every row of the ragged batch."""
     slots = plan.decodes + [row.slot for row in plan.rows] + [each.slot for each in plan.verifications]
     return slots, [1] * len(plan.decodes) + [row.length for row in plan.rows] + [1 + drafts for drafts in drafted]
-
-
-def _drawn(plan: StepPlan, drafted: list[int], inputs: Inputs) -> Tensor:
-    """The tokens after which one is sampled, int64: the last of each row that samples, and all of each verification."""
-    decodes = len(plan.decodes)
-    rows = [*range(decodes), *(index for index, row in enumerate(plan.rows, start=decodes) if row.sample)]
-    last = inputs.batch.query_start[1:][rows].long() - 1
-    if not drafted:
-        return last
-    total = len(inputs.ids)
-    return torch.cat([last, torch.arange(total - sum(drafted) - len(drafted), total, device=last.device)])

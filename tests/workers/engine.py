@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from protocol.plan import Sampling, Scored, StepResult
@@ -48,12 +47,13 @@ class LocalEngine:
         cheap: int = 64,
         adapters: Mapping[str, Path] | None = None,
         max_adapters: int = 8,
+        graphs: bool = False,
     ) -> None:
         def backend(model: Model):
             kind = choose(
-                attention, model.device, torch.float32, model.layers, block_size=block_size, attributes=model.attributes
+                attention, model.device, model.dtype, model.layers, block_size=block_size, attributes=model.attributes
             )
-            return kind(model.layers, blocks, block_size, torch.float32, model.device)
+            return kind(model.layers, blocks, block_size, model.dtype, model.device)
 
         model = adopt(module, Path())
         loaded = Adapters(model.module, adapters or {}, max_adapters)
@@ -74,6 +74,7 @@ class LocalEngine:
             max_model_len=longest,
             adapters=loaded,
             drafter=drafter,
+            graphs=graphs,
         )
         self.outputs: dict[str, list[int]] = {}
         self.scored: dict[str, list[Scored]] = {}

@@ -63,6 +63,8 @@ class AttentionBackend(ABC):
     """Causal attention over a paged KV cache that the backend owns and lays out as it likes."""
 
     name: ClassVar[str]
+    #: Whether `attend` can be captured in a CUDA graph; then the cache has a last block more, which is nobody's.
+    capturable: ClassVar[bool] = False
 
     def __init__(
         self,
