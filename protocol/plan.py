@@ -22,7 +22,7 @@ _LENGTH = struct.Struct(">I")
 AttentionName = Literal["auto", "reference", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 WeightsName = Literal["auto", "plain", "float32", "bfloat16", "int8"]
-ExecutionName = Literal["auto", "eager", "graphs", "compiled"]
+ExecutionName = Literal["auto", "eager", "graphs"]
 
 
 #: How a worker drafts that has no draft model.
@@ -32,8 +32,7 @@ NGRAM = "ngram"
 class WorkerConfig(msgspec.Struct, frozen=True):
     """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``adapters``: directories
     of LoRA adapters by name, ``max_adapters`` of which are in memory at a time. ``speculation``: how it drafts, `NGRAM` or the
-    directory of a draft model, if it does. ``execution``: whether, on CUDA, decodes are replayed from graphs, and whether layers are
-    compiled.
+    directory of a draft model, if it does. ``execution``: whether decodes are replayed from graphs, which takes CUDA.
     """
 
     model: str

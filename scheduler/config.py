@@ -45,8 +45,8 @@ class ModelConfig(Section, frozen=True):
     """What is served. ``alias`` is its name in topics; ``path`` a directory of safetensors, or the demo model's name.
 
     ``weights``: how linear layers hold theirs on the CPU, beside activations in float32; ``plain``: as torch does.
-    ``execution``: on CUDA ``eager`` launches a step's kernels one by one, ``graphs`` replays decodes, ``compiled`` does so with layers
-    that torch compiled when the worker started; ``auto`` is ``compiled``.
+    ``execution``: ``eager`` launches a step's kernels one by one, ``graphs`` replays those of decodes as a whole, on CUDA alone;
+    ``auto`` does that where the model allows it.
     ``adapters``: LoRA adapters as PEFT saves them, directories by name, for requests of model ``alias:name``; ``max_adapters``
     of them are in memory, and in a step, at once.
     ``tool_parser``: the format of tool calls; absent: the one that the chat template shows.

@@ -14,7 +14,6 @@ import torch
 from protocol import plan
 from workers import selftest
 from workers.attention import AttentionBackend, choose
-from workers.compiled import compile_layers
 from workers.draft_model import DraftModel
 from workers.drafts import Drafter, NGram
 from workers.grammar import Grammars
@@ -80,10 +79,7 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
     draft = _draft_model(config, model)
     kind = _attention(config, model)
     adapters = Adapters(model.module, {name: Path(path) for name, path in config.adapters.items()}, config.max_adapters)
-    execution = _execution(config, kind)
     expected = selftest.expect(model)
-    if execution == "compiled":
-        compile_layers(model.module)
     if pack(model.module, config.weights) != model.dtype:
         # Rounded weights have logits of their own; then both ways are asked for those.
         expected = selftest.expect(model)
@@ -102,8 +98,8 @@ def start(config: plan.WorkerConfig) -> tuple[Runner, plan.WorkerInfo]:
         max_model_len=max_model_len,
         adapters=adapters,
         drafter=_drafter(config, draft, num_blocks),
-        graphs=execution != "eager" and draft is None,
     )
+    _capture(runner, config, kind)
     return runner, plan.WorkerInfo(
         model_path=str(model.path),
         max_model_len=max_model_len,
@@ -141,13 +137,16 @@ def _attention(config: plan.WorkerConfig, model: Model) -> type[AttentionBackend
     )
 
 
-def _execution(config: plan.WorkerConfig, kind: type[AttentionBackend]) -> plan.ExecutionName:
-    """How steps are run. Raises ValueError for what the attention backend doesn't allow."""
-    if config.execution == "auto":
-        return "compiled" if kind.capturable else "eager"
-    if config.execution != "eager" and not kind.capturable:
-        raise ValueError(f"execution {config.execution!r}: steps with attention backend {kind.name!r} can't be captured")
-    return config.execution
+def _capture(runner: Runner, config: plan.WorkerConfig, kind: type[AttentionBackend]) -> None:
+    """Have decodes replayed from graphs, if they are to be and can be. Raises ValueError where they were asked for and can't."""
+    if config.execution == "eager" or (config.execution == "auto" and not kind.capturable):
+        return
+    try:
+        runner.capture()
+    except RuntimeError as error:
+        if config.execution == "graphs":
+            raise ValueError(f"execution 'graphs': {error}") from None
+        logger.warning("steps are launched kernel by kernel: %s", error)
 
 
 def _draft_model(config: plan.WorkerConfig, model: Model) -> Model | None:

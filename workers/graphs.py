@@ -7,7 +7,9 @@ decode and at which positions: that is all that a step sends.
 """
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from protocol.plan import StepPlan
 from workers.attention import AttentionBackend, RaggedBatch
 from workers.forward import forward
 from workers.slots import Drawn, Inputs, Slots, Spans
+from workers.transfer import send
 
 
 def ladder(most: int) -> list[int]:
@@ -31,11 +34,29 @@ def decodes_alone(plan: StepPlan) -> bool:
     return not plan.verifications and all(row.length == 1 and row.sample for row in plan.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class _Graph:
-    """``rows``: int64 ``[2, size]``, the slots and their positions; ``logits`` ``[size, V]`` are those of the last replay."""
+def decode_inputs(slots: Slots, rows: Tensor, query_start: Tensor) -> Inputs:
+    """Of one token in each row, found on the device. ``rows``: int64 ``[2, n]``, slots and positions; ``query_start``: int32
+    ``[n + 1]``."""
+    index, positions = rows
+    size = slots.block_size
+    tables = slots.tables[index]
+    blocks = tables.gather(1, (positions // size)[:, None])[:, 0].long()
+    batch = RaggedBatch(
+        query_start=query_start,
+        context_len=(positions + 1).int(),
+        block_table=tables,
+        cache_slots=blocks * size + positions % size,
+        max_query_len=1,
+        max_context_len=slots.max_len,
+    )
+    return Inputs(slots.tokens[index, positions].long(), index, positions, batch, query_start[:-1])
 
-    graph: torch.cuda.CUDAGraph
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A pass over ``rows``, int64 ``[2, size]``: each replay computes ``inputs`` and ``logits``, ``[size, V]``, anew."""
+
+    replay: Callable[[], None]
     rows: Tensor
     inputs: Inputs
     logits: Tensor
@@ -44,17 +65,19 @@ class _Graph:
 class DecodeGraphs:
     """A graph for each size of the `ladder`, for as many slots as there are.
 
-    The last block of ``backend`` must be nobody's. Raises RuntimeError for a model whose pass can't be captured.
+    Raises RuntimeError for a model or an attention backend whose pass can't be captured.
     """
 
     @torch.inference_mode()
     def __init__(self, module: PreTrainedModel, backend: AttentionBackend, slots: Slots) -> None:
+        if not backend.capturable:
+            raise RuntimeError(f"steps with attention backend {backend.name!r} can't be captured")
         self._module, self._backend, self._slots = module, backend, slots
         slots.tables[slots.spare] = backend.num_blocks
         self._sizes = ladder(slots.spare)
-        # They never run at once, so they may share what memory they need; the largest needs most.
-        pool = torch.cuda.graph_pool_handle()
-        self._graphs = {size: self._capture(size, pool) for size in reversed(self._sizes)}
+        # Graphs never run at once, so they may share what memory they need; the largest needs most.
+        self._pool: Any = None
+        self._graphs = {size: self._record(*self._rows(size)) for size in reversed(self._sizes)}
 
     def replay(self, spans: Spans) -> tuple[Tensor, Drawn]:
         """One token of each slot: logits ``[n, V]``, good until the next replay, of each of the tokens."""
@@ -63,38 +86,30 @@ class DecodeGraphs:
         rows = np.zeros((2, size), dtype=np.int64)
         rows[0] = self._slots.spare
         rows[:, :count] = spans.slots, spans.starts
-        graph = self._graphs[size]
-        graph.rows.copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
-        graph.graph.replay()
-        ids, slots, positions = (
-            tensor[:count] for tensor in (graph.inputs.ids, graph.inputs.slots, graph.inputs.positions)
-        )
-        return graph.logits[:count], Drawn(ids, slots, positions, int(spans.starts.max()) + 1)
+        recorded = self._graphs[size]
+        (sent,) = send([rows], self._backend.device)
+        recorded.rows.copy_(sent)
+        recorded.replay()
+        inputs = recorded.inputs
+        ids, slots, positions = (tensor[:count] for tensor in (inputs.ids, inputs.slots, inputs.positions))
+        return recorded.logits[:count], Drawn(ids, slots, positions, int(spans.starts.max()) + 1)
 
-    def _capture(self, size: int, pool: tuple[int, int]) -> _Graph:
-        device = self._backend.device
-        rows = torch.zeros(2, size, dtype=torch.int64, device=device)
+    def compute(self, rows: Tensor, query_start: Tensor) -> tuple[Inputs, Tensor]:
+        """What is recorded."""
+        inputs = decode_inputs(self._slots, rows, query_start)
+        return inputs, forward(self._module, self._backend, inputs)
+
+    def _rows(self, size: int) -> tuple[Tensor, Tensor]:
+        """So many of the spare slot's."""
+        rows = torch.zeros(2, size, dtype=torch.int64, device=self._backend.device)
         rows[0] = self._slots.spare
-        start = torch.arange(size + 1, dtype=torch.int32, device=device)
-        # Whatever is compiled or allocated at a first run must not be captured.
-        forward(self._module, self._backend, self._inputs(rows, start))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            inputs = self._inputs(rows, start)
-            logits = forward(self._module, self._backend, inputs)
-        return _Graph(graph, rows, inputs, logits)
+        return rows, torch.arange(size + 1, dtype=torch.int32, device=rows.device)
 
-    def _inputs(self, rows: Tensor, query_start: Tensor) -> Inputs:
-        slots, positions = rows
-        size = self._slots.block_size
-        tables = self._slots.tables[slots]
-        blocks = tables.gather(1, (positions // size)[:, None])[:, 0].long()
-        batch = RaggedBatch(
-            query_start=query_start,
-            context_len=(positions + 1).int(),
-            block_table=tables,
-            cache_slots=blocks * size + positions % size,
-            max_query_len=1,
-            max_context_len=self._slots.max_len,
-        )
-        return Inputs(self._slots.tokens[slots, positions].long(), slots, positions, batch, query_start[:-1])
+    def _record(self, rows: Tensor, query_start: Tensor) -> Recorded:
+        # Whatever is compiled or allocated at a first run must not be captured.
+        self.compute(rows, query_start)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            inputs, logits = self.compute(rows, query_start)
+        self._pool = graph.pool()
+        return Recorded(graph.replay, rows, inputs, logits)

@@ -40,7 +40,7 @@ class PackedMLP(nn.Module):
 
 @torch.inference_mode()
 def pack(module: PreTrainedModel, weights: WeightsName) -> torch.dtype:
-    """Pack all linear layers of a model, and fuse what can be; ``auto`` is float32 where that is possible on a CPU, and plain elsewhere.
+    """Pack all linear layers of a model, and fuse what can be; ``auto`` is float32 where that is possible, and plain elsewhere.
 
     Returns what the weights are held in now. An embedding that shares the head's weight keeps it. Raises ValueError when
     ``weights`` can't be had, with the reason.

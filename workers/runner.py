@@ -37,7 +37,6 @@ class Runner:
         max_model_len: int,
         adapters: Adapters | None = None,
         drafter: Drafter | None = None,
-        graphs: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         blocks = -(-max_model_len // backend.block_size)
@@ -50,7 +49,13 @@ class Runner:
         self._drafter = drafter
         self._adapters = adapters
         self._clock = clock
-        self._graphs = DecodeGraphs(module, backend, self._slots) if graphs else None
+        self._graphs: DecodeGraphs | None = None
+
+    def capture(self) -> None:
+        """From now on replay decodes from graphs. Raises RuntimeError where that can't be."""
+        if self._drafter is not None:
+            raise RuntimeError("decodes that may be drafted for aren't captured")
+        self._graphs = DecodeGraphs(self._module, self._backend, self._slots)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
@@ -88,7 +93,7 @@ class Runner:
 
     def _compute(self, plan: StepPlan, drafted: list[int], stretches: list[Stretch]) -> tuple[Tensor, Drawn]:
         """The forward pass; logits ``[n, V]`` of the tokens after which one is sampled, then of all stretches."""
-        adapted = bool(self._adapters) and self._adapters.use(*_slots_and_lengths(plan, drafted))
+        adapted = self._adapters.use(*_slots_and_lengths(plan, drafted)) if self._adapters else False
         if self._graphs is not None and not adapted and decodes_alone(plan):
             return self._graphs.replay(self._slots.advance(plan))
         inputs = self._slots.inputs(plan, drafted)

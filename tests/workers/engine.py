@@ -74,8 +74,9 @@ class LocalEngine:
             max_model_len=longest,
             adapters=loaded,
             drafter=drafter,
-            graphs=graphs,
         )
+        if graphs:
+            self.runner.capture()
         self.outputs: dict[str, list[int]] = {}
         self.scored: dict[str, list[Scored]] = {}
         self.prompts: dict[str, dict[int, Scored]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -9,12 +10,6 @@ from torch import Tensor
 
 from workers.attention.base import AttentionBackend, Attributes, LayerShape, RaggedBatch
 from workers.kv_cache import KVCache
-
-try:
-    from workers.kernels import paged_attention
-except ImportError:
-    # torch brings Triton along only where it is built for CUDA.
-    paged_attention = None  # type: ignore[assignment]
 
 #: Above it a program's keys and values don't fit the memory that its multiprocessor shares.
 MAX_HEAD_DIM = 256
@@ -27,6 +22,9 @@ class CudaAttention(AttentionBackend):
     capturable = True
 
     def allocate(self) -> None:
+        from workers.kernels import paged_attention  # noqa: PLC0415 - torch brings Triton along where it is built for CUDA
+
+        self._kernels = paged_attention
         self.cache = KVCache(self.layers, self.num_blocks + 1, self.block_size, self.dtype, self.device)
 
     @classmethod
@@ -43,7 +41,7 @@ class CudaAttention(AttentionBackend):
             return f"the Triton kernel needs a CUDA device, not {device}"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "the Triton kernel needs compute capability 8.0"
-        if paged_attention is None:
+        if importlib.util.find_spec("triton") is None:
             return "Triton isn't installed"
         if any(max(shape.key_dim, shape.value_dim) > MAX_HEAD_DIM for shape in layers):
             return f"the Triton kernel wants head dims of at most {MAX_HEAD_DIM}"
@@ -53,5 +51,5 @@ class CudaAttention(AttentionBackend):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: RaggedBatch, attributes: Attributes
     ) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        paged_attention.store(key, value, keys, values, batch.cache_slots)
-        return paged_attention.attend(query, keys, values, batch, attributes)
+        self._kernels.store(key, value, keys, values, batch.cache_slots)
+        return self._kernels.attend(query, keys, values, batch, attributes)

@@ -129,10 +129,7 @@ def _attend(
         there = (at >= first) & (at < last)
         held = tl.load(block_table + row * table_row + at // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
         k = tl.load(
-            keys
-            + (held * key_block + at % BLOCK_SIZE * key_token)[None, :]
-            + kv_head * key_head
-            + key_at[:, None],
+            keys + (held * key_block + at % BLOCK_SIZE * key_token)[None, :] + kv_head * key_head + key_at[:, None],
             mask=there[None, :] & (key_at < KEY_DIM)[:, None],
             other=0.0,
         )
