@@ -129,6 +129,7 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
         drafter=_drafter(config, draft, num_blocks, agree),
         agree=agree,
     )
+    _capture(runner, config, kind)
     return runner, plan.WorkerInfo(
         model_path=str(model.path),
         max_model_len=max_model_len,
@@ -177,6 +178,18 @@ def _attention(config: plan.WorkerConfig, model: Model) -> type[AttentionBackend
         block_size=config.block_size,
         attributes=model.attributes,
     )
+
+
+def _capture(runner: Runner, config: plan.WorkerConfig, kind: type[AttentionBackend]) -> None:
+    """Have decodes replayed from graphs, if they are to be and can be. Raises ValueError where they were asked for and can't."""
+    if config.execution == "eager" or (config.execution == "auto" and not kind.capturable):
+        return
+    try:
+        runner.capture()
+    except RuntimeError as error:
+        if config.execution == "graphs":
+            raise ValueError(f"execution 'graphs': {error}") from None
+        logger.warning("steps are launched kernel by kernel: %s", error)
 
 
 def _draft_model(config: plan.WorkerConfig, model: Model) -> Model | None:

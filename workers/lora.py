@@ -145,8 +145,9 @@ class Adapters:
         """From now on the slot goes through this adapter; "": the base model alone."""
         self._of_slot[slot] = name
 
-    def use(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """The next step's tokens are so many of each of these slots, one after the other. Loads what isn't in memory.
+    def use(self, slots: Sequence[int], lengths: Sequence[int]) -> bool:
+        """The next step's tokens are so many of each of these slots, one after the other; says whether any has an adapter. Loads
+        what isn't in memory.
 
         Raises ValueError for more adapters at once than there are places.
         """
@@ -156,7 +157,7 @@ class Adapters:
             raise ValueError(f"{len(needed)} adapters in one step, {self._num_places} at once are served")
         self._share.tokens = None
         if not needed:
-            return
+            return False
         for name in needed:
             self._place(name, needed)
         of_row = torch.tensor([self._places.get(name, -1) for name in names])
@@ -165,6 +166,7 @@ class Adapters:
         own = nn.functional.one_hot(place[tokens], self._num_places).repeat_interleave(self._rank, dim=1)
         some = next(iter(self._layers.values())).down
         self._share.tokens, self._share.own = tokens.to(some.device), own.to(some)
+        return True
 
     def __bool__(self) -> bool:
         return bool(self._known)
