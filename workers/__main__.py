@@ -93,6 +93,9 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
     threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(max(1, threads // ranks.count))
     device = torch.device(_resolve_device(config.device, ranks))
+    if device.type == "cuda" and device.index is not None:
+        # Collectives, graphs and kernels of ours run on the process's device, wherever their tensors are.
+        torch.cuda.set_device(device)
     model = _model(config, device, ranks)
     agree = tensor_parallel.agree if ranks.count > 1 else None
     draft = _draft_model(config, model)

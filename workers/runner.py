@@ -65,6 +65,8 @@ class Runner:
         """From now on replay decodes from graphs. Raises RuntimeError where that can't be."""
         if self._drafter is not None:
             raise RuntimeError("decodes that may be drafted for aren't captured")
+        if self._agree is not None:
+            raise RuntimeError("steps of a model that several ranks share aren't captured")
         self._graphs = DecodeGraphs(self._module, self._backend, self._slots)
 
     @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ import torch
 from protocol.plan import Admission, Row, Sampling, StepPlan, Verification
 from tests.workers.engine import LocalEngine, workload
 from tests.workers.models import SERVED, generate, tiny
-from workers import attention, runner
+from workers import attention, runner, tensor_parallel
 from workers.attention.reference import ReferenceAttention
+from workers.grammar import Grammars
 from workers.graphs import DecodeGraphs, Recorded, decode_inputs, decodes_alone, ladder
 from workers.kv_cache import KVCache
+from workers.model import adopt
+from workers.runner import Runner
 from workers.slots import Slots
 
 CPU = torch.device("cpu")
@@ -75,6 +79,25 @@ def test_what_a_backend_does_on_the_host_cannot_be_captured():
         LocalEngine(tiny("llama"), attention="reference", graphs=True)
 
 
+def test_steps_with_drafts_or_shared_by_ranks_are_not_captured():
+    with pytest.raises(RuntimeError, match="drafted"):
+        LocalEngine(tiny("llama"), draft="ngram", graphs=True)
+    model = adopt(tiny("llama"), Path())
+    backend = ReferenceAttention(model.layers, 4, 8, model.dtype, CPU)
+    grammars = Grammars(Path(), model.vocab_size, model.eos_ids)
+    shared = Runner(
+        model.module,
+        backend,
+        hidden=model.hidden,
+        grammars=grammars,
+        max_running=2,
+        max_model_len=16,
+        agree=tensor_parallel.agree,
+    )
+    with pytest.raises(RuntimeError, match="several ranks"):
+        shared.capture()
+
+
 class Repeated(DecodeGraphs):
     """Computes anew what a graph would replay, so that all but the capture runs where there is no GPU."""
 
@@ -111,6 +134,12 @@ def test_who_fills_up_a_batch_changes_nothing(kind, monkeypatch):
     check(tiny(kind), attention="reference", running=5, graphs=True)
     check(tiny(kind), attention="reference", running=9, blocks=60, graphs=True)
     assert {4, 8} <= set(REPLAYED)
+
+
+def test_what_may_not_depend_on_the_batch_is_not_captured(monkeypatch):
+    monkeypatch.setitem(attention.BACKENDS, "reference", Spacious)
+    with pytest.raises(RuntimeError, match="can't be captured"):
+        LocalEngine(tiny("llama"), attention="reference", batch_invariant=True, graphs=True)
 
 
 @pytest.mark.gpu

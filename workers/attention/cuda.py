@@ -52,7 +52,7 @@ class CudaAttention(AttentionBackend):
     ) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         self._kernels.store(key, value, keys, values, batch.cache_slots)
-        return self._kernels.attend(query, keys, values, batch, attributes)
+        return self._kernels.attend(query, keys, values, batch, attributes, in_parts=self.in_parts)
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         self.cache.copy(sources, targets)

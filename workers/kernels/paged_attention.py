@@ -243,13 +243,16 @@ def store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, cache_slots:
     )
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch, attributes: Attributes) -> Tensor:
-    """As `AttentionBackend.attend`, over caches that hold this step's keys and values already."""
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch, attributes: Attributes, *, in_parts: bool
+) -> Tensor:
+    """As `AttentionBackend.attend`, over caches that hold this step's keys and values already. ``in_parts``: whether contexts may
+    be split."""
     tokens, rows = len(query), len(batch.context_len)
     shape = LayerShape(query.shape[1], keys.shape[2], keys.shape[3], values.shape[3])
     group = shape.query_heads // shape.kv_heads
     decodes = batch.max_query_len == 1
-    parts = _parts(rows * shape.kv_heads, query.device) if decodes else 1
+    parts = _parts(rows * shape.kv_heads, query.device) if decodes and in_parts else 1
     queries = max(_LEAST if decodes else _PROMPT_ROWS, triton.next_power_of_2(group))
     value_pad = max(_LEAST, triton.next_power_of_2(shape.value_dim))
     output = query.new_empty(tokens, shape.query_heads, shape.value_dim)
