@@ -1,5 +1,6 @@
 """Decodes replayed from graphs: which steps are, with which inputs, and that the tokens are those of transformers' generate."""
 
+import copy
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from protocol.plan import Admission, Row, Sampling, StepPlan, Verification
+from tests.workers.adapters import adapt
 from tests.workers.engine import LocalEngine, workload
 from tests.workers.models import SERVED, generate, tiny
 from workers import attention, runner, tensor_parallel
@@ -134,6 +136,42 @@ def test_who_fills_up_a_batch_changes_nothing(kind, monkeypatch):
     check(tiny(kind), attention="reference", running=5, graphs=True)
     check(tiny(kind), attention="reference", running=9, blocks=60, graphs=True)
     assert {4, 8} <= set(REPLAYED)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_beside_answers_that_fork_adapters_embeddings_and_scores(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "DecodeGraphs", Repeated)
+    monkeypatch.setitem(attention.BACKENDS, "reference", Spacious)
+    base = tiny("llama")
+    adapt(base, tmp_path, 3, r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"])
+    prompts = [prompt * 3 for prompt, _ in workload(seed=8, count=5, vocab=97, longest_prompt=12)]
+
+    def run(graphs: bool) -> LocalEngine:
+        options = {"attention": "reference", "adapters": {"own": tmp_path}, "graphs": graphs}
+        engine = LocalEngine(copy.deepcopy(base), **options)
+        engine.submit("own", prompts[0], 9, adapter="own")
+        engine.finish()
+        assert not REPLAYED
+        engine.submit("forked", prompts[1], 20, Sampling(1.0, seed=4, logprobs=1), choices=3)
+        engine.submit("mean", prompts[2], 0, Sampling(pooling="mean"))
+        engine.submit("scored", prompts[3], 0, Sampling(prompt_logprobs=1))
+        engine.submit("both", prompts[4], 5, Sampling(prompt_logprobs=0), adapter="own")
+        engine.finish(ahead=2)
+        return engine
+
+    REPLAYED.clear()
+    expected = run(graphs=False)
+    engine = run(graphs=True)
+    assert REPLAYED
+    assert (engine.outputs, engine.pooled) == (expected.outputs, expected.pooled)
+    for told, before in ((engine.scored, expected.scored), (engine.prompts, expected.prompts)):
+        assert logprobs(told) == pytest.approx(logprobs(before), abs=1e-4)
+
+
+def logprobs(told: dict) -> list[float]:
+    """Of lists of scores, or of scores by position."""
+    parts = (part.values() if isinstance(part, dict) else part for _, part in sorted(told.items()))
+    return [each.logprob for part in parts for each in part]
 
 
 def test_what_may_not_depend_on_the_batch_is_not_captured(monkeypatch):
