@@ -11,6 +11,7 @@ from benchmarks.replicas import ReplicaFigures
 from benchmarks.speculation import SpeculationFigures
 from benchmarks.startup import StartupFigures
 from benchmarks.structured import StructuredFigures
+from benchmarks.tracing import TracingFigures
 
 
 def floor_table(figures: FloorFigures) -> str:
@@ -119,3 +120,11 @@ def startup_text(figures: StartupFigures) -> str:
     ]
     rows = zip_longest(*columns, fillvalue=" | ")
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def tracing_line(figures: TracingFigures) -> str:
+    return (
+        f"With a collector that takes all {figures.spans:,} spans of {figures.requests:,} requests, tokens/s over MQTT are "
+        f"{figures.share:.1%} of what they are without, {figures.on_output_tokens_per_s:.1f} of "
+        f"{figures.off_output_tokens_per_s:.1f} (`tokenbus bench tracing`, the median of {figures.rounds} alternating rounds)."
+    )

@@ -4,9 +4,9 @@
 ``tokenbus bench serve … --json > benchmarks/results/serve.json``; ``journal.json`` is ``bench serve --against-journal-off``,
 ``accept.json`` is ``bench accept``, ``scrape.json`` ``bench scrape``. ``planning.json``, ``fairness.json``, ``prefix.json``,
 ``determinism.json``, ``blocks.json``, ``startup.json``, ``floor.json``, ``linears.json``, ``overlap.json``, ``overhead.json``,
-``structured.json``, ``replicas.json`` and ``speculation.json`` are the benchmarks of those names, the fairness one with
-``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json`` ``tokenbus simulate --suite all
---plot docs/suites.png``, both simulated. ``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``,
+``structured.json``, ``replicas.json``, ``speculation.json`` and ``tracing.json`` are the benchmarks of those names, the fairness
+one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json`` ``tokenbus simulate
+--suite all --plot docs/suites.png``, both simulated. ``peers.json`` is ``bench peers --workload FILE --plot docs/peers.png``,
 ``gpu.json`` is ``bench gpu`` where there is one.
 """
 
@@ -38,6 +38,7 @@ from benchmarks.serve import ServeFigures
 from benchmarks.speculation import SpeculationFigures
 from benchmarks.startup import StartupFigures
 from benchmarks.structured import StructuredFigures
+from benchmarks.tracing import TracingFigures
 from scheduler.simulation import figures as simulated
 from scheduler.simulation.suites import SuiteFigures, TimeToFirst
 
@@ -324,6 +325,9 @@ PAGES: dict[str, dict[str, Text]] = {
     },
     "docs/decisions/0011-structured-output.md": {
         "structured": lambda: _when_measured("structured.json", StructuredFigures, engine_text.structured_line),
+    },
+    "docs/operations/trace.md": {
+        "tracing": lambda: _when_measured("tracing.json", TracingFigures, engine_text.tracing_line),
     },
     "docs/replicas.md": {
         "replicas": lambda: _when_measured("replicas.json", ReplicaFigures, engine_text.replicas_line),

@@ -110,7 +110,7 @@ async def _against_engine(workload: Workload, settings: Config, tenants: int, ro
     async def bare() -> float:
         return (await engine.run(workload, settings.worker())).output_tokens_per_s
 
-    figures, rate = await _alternate(workload, settings, tenants, rounds, bare)
+    figures, rate = await alternate(workload, settings, tenants, rounds, bare)
     share = figures.output_tokens_per_s / rate
     return msgspec.structs.replace(figures, engine_output_tokens_per_s=rate, share_of_engine=share)
 
@@ -122,12 +122,12 @@ async def _against_journal_off(workload: Workload, settings: Config, tenants: in
     async def off() -> float:
         return (await run(workload, without, tenants)).output_tokens_per_s
 
-    figures, rate = await _alternate(workload, settings, tenants, rounds, off)
+    figures, rate = await alternate(workload, settings, tenants, rounds, off)
     share = figures.output_tokens_per_s / rate
     return msgspec.structs.replace(figures, journal_off_output_tokens_per_s=rate, share_of_journal_off=share)
 
 
-async def _alternate(
+async def alternate(
     workload: Workload, settings: Config, tenants: int, rounds: int, other: Callable[[], Awaitable[float]]
 ) -> tuple[ServeFigures, float]:
     """The run whose ratio to the other's rate just before or after is the median, and that rate.

@@ -67,6 +67,7 @@ _BENCHMARKS = (
     "adapters",
     "determinism",
     "startup",
+    "tracing",
     "scrape",
     "replicas",
 )

@@ -51,6 +51,8 @@ class Mask:
     def apply(self, logits: Tensor) -> Tensor:
         """Logits ``[n, V]`` with -inf for what isn't allowed; those that were given stay, for scores are the model's own."""
         (allowed,) = send([self.allowed.result().tokens], logits.device)
+        if len(self.rows) == len(logits):
+            return logits.masked_fill(~allowed, -torch.inf)
         at = index(self.rows, logits.device)
         masked = logits.clone()
         masked[at] = logits[at].masked_fill(~allowed, -torch.inf)

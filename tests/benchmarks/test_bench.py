@@ -19,6 +19,7 @@ from benchmarks.prefix import PrefixFigures
 from benchmarks.speculation import SpeculationFigures
 from benchmarks.startup import StartupFigures
 from benchmarks.startup_parts import timed
+from benchmarks.tracing import TracingFigures
 from benchmarks.workload import load, mixed
 from scheduler.config import Config, EngineConfig, ModelConfig
 from tests.workers.models import save, servable, tiny
@@ -135,10 +136,23 @@ def test_the_floor_of_decodes_looks_at_full_batches_only(files):
 
 
 def test_slow_reader_measures_both_ways(served):
-    sizes = ("--rounds", "1", "--flood", "4", "--tokens", "8", "--vocab", "97")
+    # Enough tokens that no stream comes in a single chunk: the tiny model is faster than the flushes.
+    sizes = ("--rounds", "1", "--flood", "4", "--tokens", "200", "--vocab", "97")
     figures = bench("slow_reader", "--model", served, *sizes)
     assert figures["rounds"] == 1
     assert figures["p99_ratio"] == figures["stopped_s"]["p99"] / figures["reading_s"]["p99"] > 0
+
+
+def test_tracing_counts_the_spans_of_every_request(served, tmp_path):
+    workload = mixed(6, prompt=(3, 12), output=(200, 210), seed=2, vocab=97)
+    (tmp_path / "workload.json").write_bytes(msgspec.json.encode(workload))
+    sizes = ("--workload", str(tmp_path / "workload.json"), "--rounds", "2", "--tenants", "2")
+    figures = bench("tracing", "--model", served, *sizes)
+    assert figures["requests"] == 2 * 6
+    assert figures["spans"] == 5 * figures["requests"], "one for the request, four within it"
+    assert figures["share"] == figures["on_output_tokens_per_s"] / figures["off_output_tokens_per_s"] > 0
+    line = engine_text.tracing_line(msgspec.convert(figures, TracingFigures))
+    assert "60 spans of 12 requests" in line
 
 
 def test_planning_times_every_case(tmp_path):

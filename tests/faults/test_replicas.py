@@ -237,9 +237,11 @@ async def test_one_that_drains_leaves_what_it_cannot_finish_to_the_other(tmp_pat
         Ear(broker.url, *TENANTS) as ear,
     ):
         asking = asyncio.create_task(ask(tenants, asked), name="asking")
-        await until(lambda: accepted(pair), lambda counts: sum(counts) == 20)
-        assert await pair[0].stop(signal.SIGTERM) == 3
+        counts = await until(lambda: accepted(pair), lambda counts: sum(counts) == 20)
+        # Of a burst, one may have got all.
+        busy, other = pair if counts[0] > counts[1] else reversed(pair)
+        assert await busy.stop(signal.SIGTERM) == 3
         await asking
-        await pair[1].settled()
+        await other.settled()
         assert all(len(ends(ear, id)) == 1 for id in asked)
     assert rows(database) == {"delivered": 20}
