@@ -53,12 +53,13 @@ async def record(
     async with Engine(worker, speculation=speculation, lead=lead) as engine:
         loop = asyncio.create_task(engine.run(), name="loop")
         try:
-            return await _measure(workload, engine, reports), reports
+            return await measure(workload, engine, reports), reports
         finally:
             loop.cancel()
 
 
-async def _measure(workload: Workload, engine: Engine, reports: list[StepReport]) -> EngineFigures:
+async def measure(workload: Workload, engine: Engine, reports: list[StepReport]) -> EngineFigures:
+    """One run on an engine that is running and has nothing else to do; ``reports``, an empty list, gets its steps."""
     outputs: dict[str, list[int]] = {str(item.id): [] for item in workload.requests}
     unfinished = set(outputs)
     begun = time.perf_counter()

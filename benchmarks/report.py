@@ -7,7 +7,7 @@
 ``structured.json``, ``replicas.json``, ``speculation.json``, ``tracing.json`` and ``adapters.json`` are the benchmarks of those
 names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
 ``tokenbus simulate --suite all --plot docs/suites.png``, both simulated. ``peers.json`` is ``bench peers --workload FILE
---plot docs/peers.png``.
+--plot docs/peers.png``, ``gpu.json`` is ``bench gpu`` where there is one.
 """
 
 import re
@@ -24,6 +24,7 @@ from benchmarks.blocks import BlocksFigures
 from benchmarks.determinism import ConditionFigures, DeterminismFigures, WayName
 from benchmarks.fairness import FairnessFigures, TenantFigures
 from benchmarks.floor import FloorFigures
+from benchmarks.gpu import GpuFigures
 from benchmarks.ladder import Ladder
 from benchmarks.linears import LinearsFigures
 from benchmarks.overhead import OverheadFigures
@@ -233,6 +234,38 @@ def determinism_table(figures: DeterminismFigures) -> str:
     return "\n".join([*lines, f"| output tokens/s | | {rates} |", "", summary])
 
 
+def gpu_table(figures: GpuFigures) -> str:
+    batches = [decode.batch for decode in figures.executions[0].decodes]
+    lines = [
+        "| `model.execution` | "
+        + " | ".join(f"{batch} at once" for batch in batches)
+        + " | all requests | worker's start |",
+        "|---|" + "---|" * (len(batches) + 2),
+    ]
+    for each in figures.executions:
+        cells = [f"{decode.output_tokens_per_s:,.0f} ({decode.floor_ratio:.0%})" for decode in each.decodes]
+        cells += [f"{each.all.output_tokens_per_s:,.0f}", f"{each.start_s:.0f} s"]
+        lines.append(f"| `{each.execution}` | {' | '.join(cells)} |")
+    every = figures.executions[-1].all
+    text = (
+        "Output tokens/s; in brackets, where nothing but decodes is done, the share of the bandwidth floor: how long it takes to "
+        f"read {figures.weight_bytes / 1e9:.2f} GB of weights once, and {figures.kv_bytes_per_token:,} bytes a token of context, "
+        f"at {figures.copy_bytes_per_s / 1e12:.2f} TB/s, the rate of a copy on the device. {every.requests} requests at once: "
+        f"{every.prompt_tokens:,} prompt and {every.output_tokens:,} output tokens. {figures.device}, torch "
+        f"{figures.versions['torch']}."
+    )
+    lines += ["", text]
+    if (peer := figures.peer) is not None:
+        ours = figures.executions[-1].some
+        beside = (
+            f"{peer.requests} of them: {ours.output_tokens_per_s:,.0f} output tokens/s, and {peer.output_tokens_per_s:,.0f} with "
+            f"transformers {figures.versions['transformers']}'s continuous batching and SDPA attention "
+            f"({ours.output_tokens_per_s / peer.output_tokens_per_s:.1f}x)."
+        )
+        lines += ["", beside]
+    return "\n".join(lines)
+
+
 def _read(name: str, kind: type[T]) -> T:
     return msgspec.json.decode((RESULTS / name).read_bytes(), type=kind)
 
@@ -279,6 +312,9 @@ PAGES: dict[str, dict[str, Text]] = {
     },
     "docs/determinism.md": {
         "determinism": lambda: _when_measured("determinism.json", DeterminismFigures, determinism_table),
+    },
+    "docs/gpu.md": {
+        "gpu": lambda: _when_measured("gpu.json", GpuFigures, gpu_table),
     },
     "docs/speculation.md": {
         "speculation": lambda: _when_measured("speculation.json", SpeculationFigures, engine_text.speculation_table),

@@ -22,6 +22,7 @@ _LENGTH = struct.Struct(">I")
 AttentionName = Literal["auto", "reference", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 WeightsName = Literal["auto", "plain", "float32", "bfloat16", "int8"]
+ExecutionName = Literal["auto", "eager", "graphs"]
 
 
 #: What is made of a prompt's hidden states: their mean, or the last one.
@@ -35,7 +36,8 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     """What a worker is to serve and how. ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold. ``adapters``: directories
     of LoRA adapters by name, ``max_adapters`` of which are in memory at a time. ``speculation``: how it drafts, `NGRAM` or the
     directory of a draft model, if it does. ``batch_invariant``: nothing computed may depend, in any bit, on who shares a step.
-    ``tensor_parallel``: processes that share the model; memory is each one's.
+    ``tensor_parallel``: processes that share the model; memory is each one's. ``execution``: whether decodes are replayed from
+    graphs, which takes CUDA.
     """
 
     model: str
@@ -55,6 +57,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     speculation: str | None = None
     batch_invariant: bool = False
     tensor_parallel: int = 1
+    execution: ExecutionName = "auto"
 
 
 #: Comes instead of a token that can't be sampled: the grammar of its sequence can't be followed any further.

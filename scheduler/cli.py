@@ -46,6 +46,7 @@ _UNANSWERED = 3
 _BENCHMARKS = (
     "engine",
     "floor",
+    "gpu",
     "peers",
     "serve",
     "accept",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from protocol.plan import AttentionName, DtypeName, WeightsName, WorkerConfig
+from protocol.plan import AttentionName, DtypeName, ExecutionName, WeightsName, WorkerConfig
 from protocol.request import MAX_CHOICES
 from scheduler.core.policies import PolicyName
 from scheduler.core.speculation import Speculation
@@ -36,6 +36,8 @@ class ModelConfig(Section, frozen=True):
 
     ``weights``: how linear layers hold theirs on the CPU, beside activations in float32 (that int8 rounds to 8 bits, too);
     ``plain``: as torch does.
+    ``execution``: ``eager`` launches a step's kernels one by one, ``graphs`` replays those of decodes as a whole, on CUDA alone;
+    ``auto`` does that where the model allows it.
     ``adapters``: LoRA adapters as PEFT saves them, directories by name, for requests of model ``alias:name``; ``max_adapters``
     of them are in memory, and in a step, at once.
     ``tool_parser``: the format of tool calls; absent: the one that the chat template shows.
@@ -48,6 +50,7 @@ class ModelConfig(Section, frozen=True):
     weights: WeightsName = "auto"
     device: str = "auto"
     attention: AttentionName = "auto"
+    execution: ExecutionName = "auto"
     threads: Count | None = None
     tensor_parallel: Count = 1
     max_model_len: Count | None = None
@@ -261,6 +264,7 @@ class Config(Section, frozen=True):
             weights=model.weights,
             device=model.device,
             attention=model.attention,
+            execution=model.execution,
             threads=model.threads,
             tensor_parallel=model.tensor_parallel,
             block_size=engine.block_size,

@@ -1,8 +1,15 @@
+import importlib.util
 import os
 
 # Before torch: two test processes share the cores, and spinning OpenMP threads would cost each other a time slice at every
 # barrier (docs/decisions/0004-shared-cores.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+if importlib.util.find_spec("triton"):
+    import torch
+
+    if not torch.cuda.is_available():
+        # Triton reads it when it is imported, which transformers does.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 

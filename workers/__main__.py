@@ -93,6 +93,9 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
     threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(max(1, threads // ranks.count))
     device = torch.device(_resolve_device(config.device, ranks))
+    if device.type == "cuda" and device.index is not None:
+        # Collectives, graphs and kernels of ours run on the process's device, wherever their tensors are.
+        torch.cuda.set_device(device)
     model = _model(config, device, ranks)
     agree = tensor_parallel.agree if ranks.count > 1 else None
     draft = _draft_model(config, model)
@@ -129,6 +132,7 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
         drafter=_drafter(config, draft, num_blocks, agree),
         agree=agree,
     )
+    _capture(runner, config, kind)
     return runner, plan.WorkerInfo(
         model_path=str(model.path),
         max_model_len=max_model_len,
@@ -177,6 +181,18 @@ def _attention(config: plan.WorkerConfig, model: Model) -> type[AttentionBackend
         block_size=config.block_size,
         attributes=model.attributes,
     )
+
+
+def _capture(runner: Runner, config: plan.WorkerConfig, kind: type[AttentionBackend]) -> None:
+    """Have decodes replayed from graphs, if they are to be and can be. Raises ValueError where they were asked for and can't."""
+    if config.execution == "eager" or (config.execution == "auto" and not kind.capturable):
+        return
+    try:
+        runner.capture()
+    except RuntimeError as error:
+        if config.execution == "graphs":
+            raise ValueError(f"execution 'graphs': {error}") from None
+        logger.warning("steps are launched kernel by kernel: %s", error)
 
 
 def _draft_model(config: plan.WorkerConfig, model: Model) -> Model | None:

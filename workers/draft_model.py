@@ -9,9 +9,9 @@ from torch import Tensor
 from protocol.plan import Verification
 from workers.attention import AttentionBackend
 from workers.drafts import Drafter
+from workers.forward import forward
 from workers.model import Model
-from workers.runner import forward
-from workers.slots import Inputs, Slots
+from workers.slots import Inputs, Slots, Spans
 
 
 class DraftModel(Drafter):
@@ -34,12 +34,12 @@ class DraftModel(Drafter):
         for depth in range(max(each.drafts for each in verifications)):
             wanting = [each.slot for each in verifications if each.drafts > depth]
             positions = slots.computed(wanting) + depth
-            inputs = slots.ragged(np.array(wanting), positions, np.ones_like(positions))
-            keep = torch.arange(len(wanting), device=inputs.ids.device)
-            tokens = forward(self._module, self._backend, inputs, keep).argmax(dim=-1)
+            spans = Spans(np.array(wanting), positions, np.ones_like(positions))
+            inputs = slots.ragged(spans, np.arange(len(wanting)))
+            tokens = forward(self._module, self._backend, inputs).argmax(dim=-1)
             if self._agree is not None:
                 self._agree(tokens)
-            slots.tokens[wanting, inputs.positions + 1] = tokens.int()
+            slots.tokens[inputs.slots, inputs.positions + 1] = tokens.int()
         return [each.drafts for each in verifications]
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:

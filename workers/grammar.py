@@ -20,6 +20,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
 from protocol.plan import NO_TOKEN, Admission
+from workers.transfer import index, send
 
 #: A quarter of llguidance's own limits on a step, some milliseconds of work: whoever shares the batch waits for it. A state takes
 #: 1 to 2 KB, so a compiled grammar at most some 40 MB.
@@ -49,11 +50,12 @@ class Mask:
 
     def apply(self, logits: Tensor) -> Tensor:
         """Logits ``[n, V]`` with -inf for what isn't allowed; those that were given stay, for scores are the model's own."""
-        allowed = torch.from_numpy(self.allowed.result().tokens).to(logits.device, non_blocking=True)
+        (allowed,) = send([self.allowed.result().tokens], logits.device)
         if len(self.rows) == len(logits):
             return logits.masked_fill(~allowed, -torch.inf)
+        at = index(self.rows, logits.device)
         masked = logits.clone()
-        masked[self.rows] = logits[self.rows].masked_fill(~allowed, -torch.inf)
+        masked[at] = logits[at].masked_fill(~allowed, -torch.inf)
         return masked
 
     def told(self, tokens: list[int]) -> list[int]:

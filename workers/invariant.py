@@ -76,6 +76,9 @@ def one_by_one(backend: type[AttentionBackend]) -> type[AttentionBackend]:
         return backend
 
     class OneByOne(backend):  # type: ignore[valid-type, misc]
+        in_parts = False
+        # What is proven at load is the pass as it is launched kernel by kernel.
+        capturable = False
         _batch: RaggedBatch | None = None
 
         def attend(

@@ -128,8 +128,9 @@ class Adapters:
         """From now on the slot goes through this adapter; "": the base model alone."""
         self._of_slot[slot] = name
 
-    def use(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """The next step's tokens are so many of each of these slots, one after the other. Loads what isn't in memory.
+    def use(self, slots: Sequence[int], lengths: Sequence[int]) -> bool:
+        """The next step's tokens are so many of each of these slots, one after the other; says whether any has an adapter. Loads
+        what isn't in memory.
 
         Raises ValueError for more adapters at once than there are places.
         """
@@ -141,6 +142,7 @@ class Adapters:
             self._place(name, needed)
         place = torch.tensor([self._places.get(name, -1) for name in names])
         self._share.set(place.repeat_interleave(torch.tensor(lengths)) if needed else None)
+        return bool(needed)
 
     def __bool__(self) -> bool:
         return bool(self._known)

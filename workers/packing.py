@@ -50,7 +50,7 @@ def pack(module: PreTrainedModel, weights: WeightsName) -> torch.dtype:
     Returns what the weights are held in now. An embedding that shares the head's weight keeps it. Raises ValueError when
     ``weights`` can't be had, with the reason.
     """
-    if weights == PLAIN:
+    if weights == PLAIN or (weights == "auto" and module.device.type != "cpu"):
         return module.dtype
     format = torch.float32 if weights == "auto" else getattr(torch, weights)
     reason = _unsupported(module)

@@ -64,8 +64,6 @@ class Ranks:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         on_gpu = device.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             init_method=f"file://{self._store}",

@@ -8,44 +8,24 @@ where a prompt's tokens are scored.
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from protocol.plan import Scored, StepPlan, StepResult, Verdict
-from workers.attention import AttentionBackend, Attributes
-from workers.bridge import attending
+from workers.attention import AttentionBackend
 from workers.drafts import Drafter, judge
+from workers.forward import forward
 from workers.grammar import Grammars, Mask
+from workers.graphs import DecodeGraphs, decodes_alone
 from workers.hidden import HiddenStates
 from workers.lora import Adapters
 from workers.pooling import Poolings
 from workers.sampler import Sampler
 from workers.scores import Scores, Stretch
-from workers.slots import Inputs, Slots
-
-
-def forward(
-    module: PreTrainedModel,
-    backend: AttentionBackend,
-    inputs: Inputs,
-    keep: Tensor,
-) -> Tensor:
-    """One pass over a ragged batch; logits ``[len(keep), V]`` of its tokens at ``keep``."""
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes) -> Tensor:
-        return backend.attend(layer, query, key, value, inputs.batch, attributes)
-
-    with attending(attend):
-        output = module(
-            input_ids=inputs.ids[None],
-            position_ids=inputs.positions[None],
-            attention_mask=None,
-            use_cache=False,
-            logits_to_keep=keep,
-        )
-    logits: Tensor = output.logits[0]
-    return logits
+from workers.slots import Drawn, Slots
+from workers.transfer import send
 
 
 class Runner:
@@ -79,6 +59,15 @@ class Runner:
         self._adapters = adapters
         self._agree = agree
         self._clock = clock
+        self._graphs: DecodeGraphs | None = None
+
+    def capture(self) -> None:
+        """From now on replay decodes from graphs. Raises RuntimeError where that can't be."""
+        if self._drafter is not None:
+            raise RuntimeError("decodes that may be drafted for aren't captured")
+        if self._agree is not None:
+            raise RuntimeError("steps of a model that several ranks share aren't captured")
+        self._graphs = DecodeGraphs(self._module, self._backend, self._slots)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
@@ -90,17 +79,11 @@ class Runner:
         drafted, ahead = self._draft(plan)
         for admission in plan.admissions:  # compiling them comes after what the drafts need of the same thread
             self._grammars.assign(admission)
-        inputs = self._slots.inputs(plan, drafted)
-        if self._drafter is not None:
-            self._drafter.follow(inputs)
-        if self._adapters:
-            self._adapters.use(*_slots_and_lengths(plan, drafted))
-        drawn = _drawn(plan, drafted, inputs)
         slots = _sampling(plan, drafted)
         mask = self._grammars.mask(slots, ahead)
-        logits = forward(self._module, self._backend, inputs, drawn)
+        logits, drawn = self._compute(plan, drafted)
         hidden = self._hidden.newest()
-        sampled = self._sample(plan, drafted, slots, inputs, drawn, logits, mask) if len(drawn) else ([], {}, [])
+        sampled = self._sample(plan, drafted, slots, drawn, logits, mask) if slots else ([], {}, [])
         tokens, scored, verdicts = sampled
         pooled = self._poolings.pool(plan, hidden)
         prompts = self._score(self._scores.stretches(plan), hidden)
@@ -119,7 +102,8 @@ class Runner:
         self._slots.extend((*plan.rows, *plan.verifications))
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:
-        sources, targets = torch.tensor(copies, device=self._backend.device).unbind(dim=1)
+        (pairs,) = send([np.array(copies, dtype=np.int64)], self._backend.device)
+        sources, targets = pairs.unbind(dim=1)
         for keeper in (self._backend, self._drafter):
             if keeper is not None:
                 keeper.copy(sources, targets)
@@ -141,26 +125,36 @@ class Runner:
             drafted = [len(ahead[slot]) if slot in ahead else count for slot, count in zip(slots, drafted, strict=True)]
         return drafted, ahead
 
+    def _compute(self, plan: StepPlan, drafted: list[int]) -> tuple[Tensor, Drawn]:
+        """The forward pass; logits ``[n, V]`` of the tokens after which one is sampled."""
+        adapted = self._adapters.use(*_slots_and_lengths(plan, drafted)) if self._adapters else False
+        # A replay leaves no hidden states; who samples asks for none.
+        if self._graphs is not None and not adapted and decodes_alone(plan):
+            return self._graphs.replay(self._slots.advance(plan))
+        inputs = self._slots.inputs(plan, drafted)
+        if self._drafter is not None:
+            self._drafter.follow(inputs)
+        return forward(self._module, self._backend, inputs, inputs.drawn), inputs.select()
+
     def _sample(
         self,
         plan: StepPlan,
         drafted: list[int],
         slots: list[int],
-        inputs: Inputs,
-        drawn: Tensor,
+        drawn: Drawn,
         logits: Tensor,
         mask: Mask | None,
     ) -> tuple[list[int], dict[int, Scored], list[Verdict]]:
-        """One token of the ``slots`` after each of the tokens at ``drawn``, int64 ``[n]``, by these ``[n, V]`` logits; with those
-        the history goes on."""
+        """One token of the ``slots`` after each of those ``drawn``, by these logits ``[n, V]``; with those the history goes
+        on."""
         plain = plan.num_sampled
-        rows = self._slots.rows(slots, inputs.positions[drawn] + 1, inputs.batch.max_context_len)
+        rows = self._slots.rows(slots, drawn)
         tokens = self._sampler.sample(logits if mask is None else mask.apply(logits), rows)
         if self._agree is not None:
             self._agree(tokens)
         self._slots.tokens[rows.index, rows.positions] = tokens.int()
         scored = self._scores.sampled(logits[:plain], slots[:plain], tokens[:plain])
-        sampled, computed = torch.stack([tokens, inputs.ids[drawn]]).tolist() if drafted else (tokens.tolist(), [])
+        sampled, computed = torch.stack([tokens, drawn.ids]).tolist() if drafted else (tokens.tolist(), [])
         told = sampled if mask is None else mask.told(sampled)
         verdicts = self._judge(plan, drafted, told[plain:], computed[plain:])
         if mask is not None:
@@ -200,14 +194,3 @@ def _slots_and_lengths(plan: StepPlan, drafted: list[int]) -> tuple[list[int], l
     """Of every row of the ragged batch."""
     slots = plan.decodes + [row.slot for row in plan.rows] + [each.slot for each in plan.verifications]
     return slots, [1] * len(plan.decodes) + [row.length for row in plan.rows] + [1 + drafts for drafts in drafted]
-
-
-def _drawn(plan: StepPlan, drafted: list[int], inputs: Inputs) -> Tensor:
-    """The tokens after which one is sampled, int64: the last of each row that samples, and all of each verification."""
-    decodes = len(plan.decodes)
-    rows = [*range(decodes), *(index for index, row in enumerate(plan.rows, start=decodes) if row.sample)]
-    last = inputs.batch.query_start[1:][rows].long() - 1
-    if not drafted:
-        return last
-    total = len(inputs.ids)
-    return torch.cat([last, torch.arange(total - sum(drafted) - len(drafted), total, device=last.device)])

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from protocol.plan import Sampling
 from workers.logits import Rows, processors
+from workers.transfer import index
 
 _MASK = 0xFFFFFFFF
 _ROUND_KEYS = (0x9E3779B9, 0xBB67AE85)
@@ -68,7 +69,8 @@ class Sampler:
         tokens = logits.argmax(dim=-1)
         others = [row for row, slot in enumerate(rows.slots) if slot not in self._plain]
         if others:
-            tokens[others] = self._choose(logits[others], rows.select(others))
+            at = index(others, logits.device)
+            tokens[at] = self._choose(logits[at], rows.select(others))
         return tokens
 
     def process(self, logits: Tensor, rows: Rows) -> Tensor:
@@ -83,6 +85,7 @@ class Sampler:
         tokens = logits.argmax(dim=-1)
         drawn = [row for row, slot in enumerate(rows.slots) if slot in self._drawn]
         if drawn:
-            uniforms = uniform(self._seed[rows.index[drawn]], rows.positions[drawn])
-            tokens[drawn] = draw(logits[drawn], uniforms)
+            at = index(drawn, logits.device)
+            uniforms = uniform(self._seed[rows.index[at]], rows.positions[at])
+            tokens[at] = draw(logits[at], uniforms)
         return tokens

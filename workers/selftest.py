@@ -13,8 +13,8 @@ from torch import Tensor
 from protocol.plan import Admission, Row, Sampling, StepPlan
 from workers.attention import AttentionBackend
 from workers.bridge import NAME
+from workers.forward import forward
 from workers.model import Model, ModelRefused
-from workers.runner import forward
 from workers.slots import Slots
 
 #: How each sequence is cut into steps; a 0 sits a step out.
@@ -130,8 +130,7 @@ def _ragged(
     for lengths in zip(*chunks, strict=True):
         rows = [Row(slot, done[slot], length, [], sample=True) for slot, length in enumerate(lengths) if length]
         inputs = slots.inputs(StepPlan(0, [], [], rows))
-        keep = torch.arange(len(inputs.ids), device=model.device)
-        out = _told(forward(model.module, backend, inputs, keep))
+        out = _told(forward(model.module, backend, inputs))
         for row, piece in zip(rows, out.split([row.length for row in rows]), strict=True):
             logits[row.slot].append(piece)
             done[row.slot] += row.length

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
-import torch
 from transformers import PreTrainedModel
 
 from protocol.plan import Sampling, Scored, StepResult
@@ -59,14 +58,15 @@ class LocalEngine:
         max_adapters: int = 8,
         batch_invariant: bool = False,
         ranks: Ranks | None = None,
+        graphs: bool = False,
     ) -> None:
         def backend(model: Model):
             kind = choose(
-                attention, model.device, torch.float32, model.layers, block_size=block_size, attributes=model.attributes
+                attention, model.device, model.dtype, model.layers, block_size=block_size, attributes=model.attributes
             )
             if batch_invariant:
                 kind = one_by_one(kind)
-            return kind(model.layers, blocks, block_size, torch.float32, model.device)
+            return kind(model.layers, blocks, block_size, model.dtype, model.device)
 
         model = adopt(module, Path())
         agree = None
@@ -95,6 +95,8 @@ class LocalEngine:
             drafter=drafter,
             agree=agree,
         )
+        if graphs:
+            self.runner.capture()
         self.outputs: dict[str, list[int]] = {}
         self.scored: dict[str, list[Scored]] = {}
         self.prompts: dict[str, dict[int, Scored]] = {}

@@ -65,6 +65,10 @@ class AttentionBackend(ABC):
     name: ClassVar[str]
     #: Whether a query's output is the same bits whatever else is in the batch and however its prompt was cut into chunks.
     batch_invariant: ClassVar[bool] = False
+    #: Whether a context may be summed in parts, as many as suit the batch.
+    in_parts: ClassVar[bool] = True
+    #: Whether `attend` can be captured in a CUDA graph; then the cache has a last block more, which is nobody's.
+    capturable: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from protocol.plan import Sampling
+from workers.transfer import index
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,8 @@ class Rows:
 
     def select(self, rows: list[int]) -> "Rows":
         """Some of them."""
-        slots = [self.slots[row] for row in rows]
-        return Rows(slots, self.index[rows], self.positions[rows], self.history, self.prompt_len)
+        slots, at = [self.slots[row] for row in rows], index(rows, self.index.device)
+        return Rows(slots, self.index[at], self.positions[at], self.history, self.prompt_len)
 
 
 class Processor(ABC):
@@ -57,7 +58,8 @@ class Processor(ABC):
         if len(chosen) == len(rows.slots):
             return self.change(logits, rows)
         if chosen:
-            logits[chosen] = self.change(logits[chosen], rows.select(chosen))
+            at = index(chosen, logits.device)
+            logits[at] = self.change(logits[at], rows.select(chosen))
         return logits
 
     @staticmethod

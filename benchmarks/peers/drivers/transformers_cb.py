@@ -14,7 +14,8 @@ _NO_TOKEN = -1
 @contextmanager
 def loaded(job: Job) -> Iterator[Generate]:
     torch.set_num_threads(job.threads)
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype="float32", attn_implementation="sdpa").eval()
+    dtype, device = job.options.get("dtype", "float32"), job.options.get("device", "cpu")
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation="sdpa").eval().to(device)
     config = GenerationConfig(do_sample=False, eos_token_id=_NO_TOKEN)
 
     with torch.no_grad(), model.continuous_batching_context_manager(generation_config=config) as manager:

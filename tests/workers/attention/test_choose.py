@@ -47,22 +47,10 @@ def test_a_backend_asked_for_by_name_is_never_silently_another():
         choose("cpu", CPU, torch.float16, LAYERS)
 
 
-@pytest.mark.parametrize(
-    ("attributes", "reason"),
-    [(Attributes(1.0, softcap=30.0), "softcap"), (Attributes(1.0, sinks=torch.zeros(4)), "sinks")],
-)
-def test_flash_attention_refuses_what_it_would_ignore(attributes, reason):
-    attention = CudaAttention(LAYERS, 1, 256, torch.bfloat16, CPU)
-    with pytest.raises(ValueError, match=reason):
-        attention.attend(0, *[torch.zeros(1, 4, 16)] * 3, None, attributes)
-
-
 @pytest.mark.gpu
-def test_a_cuda_device_takes_flash_attention_where_it_can():
-    cuda, plain, capped = torch.device("cuda"), Attributes(1.0, sliding_window=8), Attributes(1.0, softcap=30.0)
-    assert choose("auto", cuda, torch.bfloat16, LAYERS, block_size=256, attributes=[plain]) is CudaAttention
-    assert (
-        choose("auto", cuda, torch.bfloat16, LAYERS, block_size=256, attributes=[plain, capped]) is ReferenceAttention
-    )
-    assert choose("auto", cuda, torch.bfloat16, LAYERS, block_size=16) is ReferenceAttention
-    assert choose("auto", cuda, torch.float32, LAYERS, block_size=256) is ReferenceAttention
+def test_a_cuda_device_takes_its_own_kernel():
+    cuda, attributes = torch.device("cuda"), [Attributes(1.0, softcap=30.0, sinks=torch.zeros(4))]
+    large = [LayerShape(query_heads=4, kv_heads=2, key_dim=512, value_dim=16)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert choose("auto", cuda, dtype, ODD, block_size=12, attributes=attributes) is CudaAttention
+    assert choose("auto", cuda, torch.bfloat16, large) is ReferenceAttention

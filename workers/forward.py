@@ -1,0 +1,31 @@
+"""One forward pass of a model over a ragged batch."""
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from workers.attention import AttentionBackend, Attributes
+from workers.bridge import attending
+from workers.slots import Inputs
+
+
+def forward(
+    module: PreTrainedModel,
+    backend: AttentionBackend,
+    inputs: Inputs,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Logits ``[len(keep), V]`` of the batch's tokens at ``keep``, or of all of them."""
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes) -> Tensor:
+        return backend.attend(layer, query, key, value, inputs.batch, attributes)
+
+    with attending(attend):
+        output = module(
+            input_ids=inputs.ids[None],
+            position_ids=inputs.positions[None],
+            attention_mask=None,
+            use_cache=False,
+            logits_to_keep=0 if keep is None else keep,
+        )
+    logits: Tensor = output.logits[0]
+    return logits
