@@ -1,17 +1,13 @@
 """What tracing costs: a workload over MQTT with every request's spans sent to a collector, and without, by turns."""
 
 import asyncio
-import contextlib
-import gzip
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import click
 import msgspec
-from aiohttp import web
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from benchmarks import cli, serve
+from benchmarks.collector import Collector, collecting
 from benchmarks.workload import Workload, config, load
 from scheduler.config import Config, TracingConfig
 
@@ -27,40 +23,8 @@ class TracingFigures(msgspec.Struct, frozen=True):
     share: float
 
 
-class Collector:
-    """Takes spans over OTLP/HTTP and counts them."""
-
-    def __init__(self) -> None:
-        self.endpoint = ""
-        self.spans = 0
-
-    async def take(self, request: web.Request) -> web.Response:
-        body = await request.read()
-        if body.startswith(b"\x1f\x8b"):
-            body = gzip.decompress(body)
-        export = ExportTraceServiceRequest.FromString(body)
-        self.spans += sum(len(scope.spans) for resource in export.resource_spans for scope in resource.scope_spans)
-        return web.Response(content_type="application/x-protobuf")
-
-
-@contextlib.asynccontextmanager
-async def collecting() -> AsyncIterator[Collector]:
-    """A collector on a free port of loopback."""
-    collector = Collector()
-    application = web.Application()
-    application.add_routes([web.post("/v1/traces", collector.take)])
-    runner = web.AppRunner(application)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        collector.endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/traces"
-        yield collector
-    finally:
-        await runner.cleanup()
-
-
 async def measure(workload: Workload, settings: Config, tenants: int, rounds: int) -> TracingFigures:
-    async with collecting() as collector:
+    async with collecting(Collector()) as collector:
         traced = msgspec.structs.replace(settings, tracing=TracingConfig(collector.endpoint))
 
         async def off() -> float:
@@ -70,7 +34,7 @@ async def measure(workload: Workload, settings: Config, tenants: int, rounds: in
     return TracingFigures(
         rounds=rounds,
         requests=rounds * len(workload.requests),
-        spans=collector.spans,
+        spans=len(collector.spans),
         on_output_tokens_per_s=figures.output_tokens_per_s,
         off_output_tokens_per_s=rate,
         share=figures.output_tokens_per_s / rate,
