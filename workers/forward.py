@@ -3,8 +3,8 @@
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from workers.attention import AttentionBackend, Attributes
-from workers.bridge import attending
+from workers.attention import AttentionBackend
+from workers.bridge import PagedStep, attending
 from workers.slots import Inputs
 
 
@@ -15,11 +15,7 @@ def forward(
     keep: Tensor | None = None,
 ) -> Tensor:
     """Logits ``[len(keep), V]`` of the batch's tokens at ``keep``, or of all of them."""
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes) -> Tensor:
-        return backend.attend(layer, query, key, value, inputs.batch, attributes)
-
-    with attending(attend):
+    with attending(PagedStep(backend, inputs.batch)):
         output = module(
             input_ids=inputs.ids[None],
             position_ids=inputs.positions[None],

@@ -26,7 +26,7 @@ INT8_INPUTS, INT8_ZERO = 4, 128
 
 class _Linear(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, c_void_p) for name in ("weight", "scale", "bias", "adapters")),
         *((name, c_int64) for name in ("in_features", "out_features", "format", "gated")),
     )
 
@@ -34,8 +34,12 @@ class _Linear(ctypes.Structure):
 class Adapters(Protocol):
     """What is added to a product's outputs, before anything else is done with them."""
 
-    def addresses(self, rows: int) -> tuple[int | None, int | None]:
-        """The kernel's `Adapters` and `Runs` of a step of so many rows; no runs if nobody has an adapter."""
+    @property
+    def address(self) -> int:
+        """Of the kernel's `Adapters`."""
+
+    def runs(self, rows: int) -> int | None:
+        """The address of the kernel's `Runs` of a step of so many rows; None if nobody has an adapter."""
 
 
 class PackedLinear(nn.Module):
@@ -46,7 +50,7 @@ class PackedLinear(nn.Module):
     that it stands in for. Raises CompileError, or ValueError for a layer that doesn't fit.
     """
 
-    adapters: Adapters | None = None
+    _adapters: Adapters | None = None
 
     def __init__(
         self,
@@ -77,8 +81,21 @@ class PackedLinear(nn.Module):
         self._tensors = (_panels(weight, columns), scale, bias)
         addresses = (tensor.data_ptr() for tensor in self._tensors)
         self._linear = _Linear(
-            *addresses, self.in_features, self.out_features, FORMATS.index(format), gated=int(self.gated)
+            *addresses, None, self.in_features, self.out_features, FORMATS.index(format), gated=int(self.gated)
         )
+
+    @property
+    def address(self) -> int:
+        """Of the kernel's `Linear`."""
+        return ctypes.addressof(self._linear)
+
+    def adapt(self, adapters: Adapters) -> None:
+        """Add to every product, from now on, what they say."""
+        self._adapters, self._linear.adapters = adapters, adapters.address
+
+    def runs(self, rows: int) -> int | None:
+        """The address of the kernel's `Runs` of a step of so many rows; None if nobody has an adapter here."""
+        return None if self._adapters is None else self._adapters.runs(rows)
 
     @property
     def nbytes(self) -> int:
@@ -92,8 +109,7 @@ class PackedLinear(nn.Module):
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features)
         rows = x.numel() // self.in_features
-        added = (None, None) if self.adapters is None else self.adapters.addresses(rows)
-        self._kernel(ctypes.addressof(self._linear), x.data_ptr(), rows, y.data_ptr(), *added, torch.get_num_threads())
+        self._kernel(self.address, x.data_ptr(), rows, None, y.data_ptr(), self.runs(rows), torch.get_num_threads())
         return y
 
 

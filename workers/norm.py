@@ -11,8 +11,12 @@ class RMSNorm(nn.Module):
 
     def __init__(self, weight: Tensor, epsilon: float) -> None:
         super().__init__()
-        self._weight, self._epsilon = weight.detach().clone(), epsilon
+        self._weight, self.epsilon = weight.detach().clone(), epsilon
         self._kernel = kernel().rms_norm
+
+    @property
+    def weight_address(self) -> int:
+        return self._weight.data_ptr()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 ``[..., width]``. Raises ValueError for anything else."""
@@ -26,7 +30,7 @@ class RMSNorm(nn.Module):
             x.numel() // width,
             width,
             self._weight.data_ptr(),
-            self._epsilon,
+            self.epsilon,
             y.data_ptr(),
             torch.get_num_threads(),
         )

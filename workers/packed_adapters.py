@@ -42,8 +42,8 @@ class PackedShare:
         self._tensors = (order, runs)
         self._runs = _Runs(order.data_ptr(), runs.data_ptr(), rows, count)
 
-    def address(self, rows: int) -> int | None:
-        """For the kernel, if any row has an adapter. Raises ValueError when there are more or fewer rows than in the step."""
+    def runs(self, rows: int) -> int | None:
+        """As the adapters' own."""
         if self._runs is None:
             return None
         if rows != self._runs.rows:
@@ -55,7 +55,8 @@ class PackedShare:
         layer = owner.get_submodule(name)
         if not isinstance(layer, PackedLinear):
             return None
-        layer.adapters = adapters = PackedAdapters(layer, self)
+        adapters = PackedAdapters(layer, self)
+        layer.adapt(adapters)
         return adapters
 
 
@@ -87,9 +88,15 @@ class PackedAdapters:
         self._down[place] = down.unflatten(0, (vectors, half)).transpose(1, 2)
         self._up[place] = up.take(self._layout.source)
 
-    def addresses(self, rows: int) -> tuple[int | None, int | None]:
-        """For the kernel, of these adapters and the step's rows."""
-        return ctypes.addressof(self._struct), self._share.address(rows)
+    @property
+    def address(self) -> int:
+        """Of the kernel's `Adapters`."""
+        return ctypes.addressof(self._struct)
+
+    def runs(self, rows: int) -> int | None:
+        """The address of the kernel's `Runs` of a step of so many rows; None if nobody has an adapter. Raises ValueError for more
+        or fewer rows than the step has."""
+        return self._share.runs(rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,10 +43,10 @@ class PackedAttention(nn.Module):
         self.config, self.layer_idx, self.head_dim = layer.config, layer.layer_idx, layer.head_dim
         # transformers' own attention functions look for these.
         self.num_key_value_groups, self.is_causal = layer.num_key_value_groups, layer.is_causal
-        self._heads = _heads(layer)
-        self.qkv = PackedLinear(projection, format, widths=[count * self.head_dim for count in self._heads])
+        self.heads = _heads(layer)
+        self.qkv = PackedLinear(projection, format, widths=[count * self.head_dim for count in self.heads])
         self.o_proj = PackedLinear(layer.o_proj, format)
-        self._given = given
+        self.given = given
         self._eager: Callable[..., tuple[Tensor, Any]] = sys.modules[type(layer).__module__].eager_attention_forward
 
     def forward(
@@ -58,12 +58,12 @@ class PackedAttention(nn.Module):
         **more: Any,
     ) -> tuple[Tensor, Any]:
         """hidden_states ``[1, T, width]``, position_embeddings two of ``[1, T, head_dim]`` -> ``[1, T, width]``, weights."""
-        query, key, value = _turned(self.qkv(hidden_states), self._heads, position_embeddings)
+        query, key, value = _turned(self.qkv(hidden_states), self.heads, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation  # noqa: SLF001 - as in every layer of transformers
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self._eager)
-        output, weights = attend(self, query, key, value, attention_mask, **(more | self._given))
+        output, weights = attend(self, query, key, value, attention_mask, **(more | self.given))
         return self.o_proj(output.flatten(2)), weights
 
 
@@ -76,7 +76,7 @@ def packed_attention(format: torch.dtype, layer: Any) -> PackedAttention | None:
     x = torch.randn(1, trial.ROWS, layer.q_proj.in_features, generator=draw)
     cos, sin = torch.randn(2, 1, trial.ROWS, layer.head_dim, generator=draw)
     try:
-        with _observed(layer) as calls:
+        with observed(layer) as calls:
             output, _ = layer(hidden_states=x, position_embeddings=(cos, sin), attention_mask=None)
     except (TypeError, RuntimeError):
         return None  # it takes other arguments, or embeddings of another size
@@ -90,7 +90,7 @@ def packed_attention(format: torch.dtype, layer: Any) -> PackedAttention | None:
 
 
 @contextmanager
-def _observed(layer: Any) -> Iterator[list[_Call]]:
+def observed(layer: Any) -> Iterator[list[_Call]]:
     """What the layer's attention function, which answers with its queries, is called with meanwhile."""
     calls = []
 

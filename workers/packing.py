@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch import nn
 from transformers import PreTrainedModel
 
 from protocol.plan import WeightsName
@@ -18,6 +16,8 @@ from workers.kernels.compiler import CompileError
 from workers.linear import PackedLinear, kernel, unsupported
 from workers.norm import RMSNorm
 from workers.packed_attention import packed_attention
+from workers.packed_layer import packed_layer
+from workers.packed_mlp import packed_mlp
 
 #: torch's own layers, in whatever the model was loaded as.
 PLAIN = "plain"
@@ -25,22 +25,6 @@ PLAIN = "plain"
 INT8 = "int8"
 
 logger = logging.getLogger(__name__)
-
-
-class PackedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, gate and up in one product; ``down`` stays what it is."""
-
-    #: The layers of the model that a product stands in for.
-    merged: ClassVar = {"gate_up": ("gate_proj", "up_proj")}
-
-    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Module, format: torch.dtype) -> None:
-        super().__init__()
-        self.gate_up = PackedLinear(gate, format, up=up)
-        self.down_proj = down
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.gate_up(x))
-        return out
 
 
 @torch.inference_mode()
@@ -55,7 +39,7 @@ def pack(module: PreTrainedModel, weights: WeightsName) -> torch.dtype:
     format = torch.float32 if weights == "auto" else getattr(torch, weights)
     reason = _unsupported(module)
     if reason is None:
-        for build in (packed_attention, _packed_mlp, _norm, _packed_linear):
+        for build in (packed_attention, packed_mlp, _norm, _packed_linear, packed_layer):
             _replace(module, partial(build, format))
         for parameter in module.parameters():
             # What is left may be a view of the weights' whole file in memory.
@@ -93,16 +77,6 @@ def _packed_linear(format: torch.dtype, layer: nn.Module) -> nn.Module | None:
     return PackedLinear(layer, format) if type(layer) is nn.Linear else None
 
 
-def _packed_mlp(format: torch.dtype, layer: nn.Module) -> nn.Module | None:
-    """Whatever has a gate, an up and a down projection, and multiplies as we would."""
-    gate, up, down = (getattr(layer, f"{name}_proj", None) for name in ("gate", "up", "down"))
-    if not (type(gate) is type(up) is nn.Linear and isinstance(down, nn.Module)):
-        return None
-    if not _agree(layer, lambda x: down(silu(gate(x)) * up(x)), gate.in_features):
-        return None
-    return PackedMLP(gate, up, down, format)
-
-
 def _norm(_: torch.dtype, layer: nn.Module) -> nn.Module | None:
     """Whatever is called an RMSNorm, and is one: some add 1 to their weight."""
     epsilon = getattr(layer, "variance_epsilon", None) or getattr(layer, "eps", None)
@@ -110,10 +84,4 @@ def _norm(_: torch.dtype, layer: nn.Module) -> nn.Module | None:
     if not type(layer).__name__.endswith("RMSNorm") or epsilon is None or weight is None:
         return None
     ours = RMSNorm(weight, epsilon)
-    return ours if _agree(layer, ours, len(weight)) else None
-
-
-def _agree(layer: nn.Module, ours: Callable[[Tensor], Tensor], width: int) -> bool:
-    """Whether two ways to compute a layer give the same of random rows."""
-    x = torch.randn(1, trial.ROWS, width, generator=torch.Generator().manual_seed(0))
-    return trial.agree(ours(x), layer(x))
+    return ours if trial.stands_in(ours, layer, len(weight)) else None

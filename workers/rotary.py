@@ -24,11 +24,11 @@ def rotate_(x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
     if not fits or not x.is_contiguous() or {x.dtype, cos.dtype, sin.dtype} != {torch.float32} or dim % 2:
         raise ValueError(f"{heads} heads of {list(cos.shape)} don't fit {x.dtype} {list(x.shape)}")
     cos, sin = cos.contiguous(), sin.contiguous()
-    _kernel()(x.data_ptr(), tokens, width, heads, dim, cos.data_ptr(), sin.data_ptr(), torch.get_num_threads())
+    kernel()(x.data_ptr(), tokens, width, heads, dim, cos.data_ptr(), sin.data_ptr(), torch.get_num_threads())
 
 
 @cache
-def _kernel() -> "ctypes._NamedFuncPointer":
+def kernel() -> "ctypes._NamedFuncPointer":
     """Raises CompileError."""
     rotary = load_library(SOURCE).rotary
     rotary.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64)

@@ -38,7 +38,8 @@ class Adapted:
             PackedShare(PLACES, rank),
             Share(PLACES, rank, torch.float32, torch.device("cpu")),
         )
-        self.packed.adapters = self.adapters = PackedAdapters(self.packed, self.share)
+        self.adapters = PackedAdapters(self.packed, self.share)
+        self.packed.adapt(self.adapters)
         self.plain = [AdaptedLinear(part, self.plain_share) for part in parts]
         for plain, part in zip(self.plain, parts, strict=True):
             # Rounded as the product is, so that only the adapters are compared.

@@ -14,7 +14,8 @@ from workers import packing
 from workers.linear import PackedLinear
 from workers.norm import RMSNorm
 from workers.packed_attention import PackedAttention
-from workers.packing import PackedMLP, pack
+from workers.packed_mlp import PackedMLP
+from workers.packing import pack
 from workers.rotary import rotate_
 
 
@@ -57,9 +58,9 @@ def test_an_attention_layer_hands_on_all_that_it_did():
     packed = [layer for layer in model.modules() if type(layer) is PackedAttention]
     assert [layer.layer_idx for layer in packed] == [0, 1]
     for layer, before in zip(packed, expected, strict=True):
-        assert layer._given["scaling"] == before.scaling
-        assert layer._given["softcap"] == before.attn_logit_softcapping
-        assert layer._given["sliding_window"] == before.sliding_window
+        assert layer.given["scaling"] == before.scaling
+        assert layer.given["softcap"] == before.attn_logit_softcapping
+        assert layer.given["sliding_window"] == before.sliding_window
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 400])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workers.attention.base import AttentionBackend, Attributes, LayerShape, RaggedBatch
 from workers.kernels import FOLDER
-from workers.kernels.compiler import CompileError, load_library
+from workers.kernels.compiler import CompileError, address_of, load_library
 
 SOURCE = FOLDER / "paged_attention.cpp"
 # The kernel's vectors are 16 floats at most, and 8 where 16 does not divide a shape.
@@ -33,7 +33,9 @@ class _Batch(ctypes.Structure):
     )
 
 
-class _Call(ctypes.Structure):
+class Call(ctypes.Structure):
+    """What one layer asks of the kernel in one step; `paged_attention.h` says what each field is."""
+
     _fields_ = (
         *((name, c_void_p) for name in ("query", "key", "value", "output")),
         *((f"{name}_{axis}", c_int64) for name in ("query", "key", "value") for axis in ("token", "head")),
@@ -57,6 +59,8 @@ class CpuAttention(AttentionBackend):
     def allocate(self) -> None:
         self._kernel = _library(self.layers, self.block_size).paged_attention
         self._kernel.argtypes, self._kernel.restype = (c_void_p, c_void_p, c_void_p), None
+        #: For kernels that call it.
+        self.kernel_address = address_of(self._kernel)
         self.cache = [
             torch.empty(self.num_blocks, s.kv_heads, (s.key_dim + s.value_dim) * self.block_size) for s in self.layers
         ]
@@ -94,15 +98,14 @@ class CpuAttention(AttentionBackend):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: RaggedBatch, attributes: Attributes
     ) -> Tensor:
         """As the interface says. Raises ValueError for tensors or a batch that do not fit the cache."""
-        if batch is not self._batch:
-            self._use(batch)
+        layer_address, batch_address = self.addresses(layer, batch)
         shape, tokens = self.layers[layer], self._batch_pointers.tokens
         output = torch.empty(tokens, shape.query_heads, shape.value_dim)
         query_strides = _strides(query, (tokens, shape.query_heads, shape.key_dim))
         key_strides = _strides(key, (tokens, shape.kv_heads, shape.key_dim))
         value_strides = _strides(value, (tokens, shape.kv_heads, shape.value_dim))
         sinks = None if attributes.sinks is None else attributes.sinks.to(torch.float32).contiguous()
-        call = _Call(
+        call = Call(
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
@@ -116,10 +119,15 @@ class CpuAttention(AttentionBackend):
             attributes.softcap or 0.0,
             torch.get_num_threads(),
         )
-        self._kernel(
-            ctypes.addressof(self._layers[layer]), ctypes.addressof(self._batch_pointers), ctypes.addressof(call)
-        )
+        self._kernel(layer_address, batch_address, ctypes.addressof(call))
         return output
+
+    def addresses(self, layer: int, batch: RaggedBatch) -> tuple[int, int]:
+        """Of a layer's cache and of a step's batch, for the kernel, while the step lasts. Raises ValueError for a batch that
+        doesn't fit the cache."""
+        if batch is not self._batch:
+            self._use(batch)
+        return ctypes.addressof(self._layers[layer]), ctypes.addressof(self._batch_pointers)
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         for blocks in self.cache:

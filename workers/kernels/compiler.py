@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
@@ -57,6 +58,11 @@ def load_library(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
         raise CompileError(f"the compiler failed: {error.stderr.decode(errors='replace')[-500:]}") from error
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         raise CompileError(str(error)) from error
+
+
+def address_of(function: Any) -> int | None:
+    """Of a library's function, for another one that is to call it."""
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def _compiler() -> str:

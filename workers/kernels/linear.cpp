@@ -12,20 +12,10 @@
 #include <optional>
 
 #include "int8.h"
+#include "linear.h"
 #include "lora.h"
 #include "simd.h"
 #include "tiles.h"
-
-extern "C" {
-
-// Panels are padded with zeros. In a gated layer the first W columns of a panel are gates and the others what they let
-// through: the output is silu(gate) * up.
-struct Linear {
-    const char *weight;
-    const float *scale, *bias;
-    int64_t in, out, format, gated;
-};
-}
 
 namespace {
 
@@ -59,6 +49,27 @@ struct Rows {
     const float *x;
     int64_t pieces;
     Rows from(int64_t row) const { return {x + row * pieces, pieces}; }
+};
+
+// Rows of a product, and what is added to them where they are written, if anything is.
+struct Output {
+    float *y;
+    const float *residual;
+    int64_t width;
+
+    Output from(int64_t row) const { return {y + row * width, residual ? residual + row * width : nullptr, width}; }
+
+    // The first `count` numbers of two vectors.
+    void write(int64_t row, int64_t column, int64_t count, const F (&sums)[2]) const {
+        for (int64_t i = 0; i * W < count; ++i) {
+            const int64_t at = row * width + column + i * W, left = count - i * W;
+            if (left >= W) {
+                store(y + at, residual ? load(residual + at) + sums[i] : sums[i]);
+            } else {
+                for (int64_t j = 0; j < left; ++j) y[at + j] = residual ? residual[at + j] + sums[i][j] : sums[i][j];
+            }
+        }
+    }
 };
 
 // What is fetched while a panel is multiplied: `step` bytes with each of its pieces.
@@ -115,7 +126,7 @@ F silu(F x) {
 
 // R rows of x times panel p, which lies at `panel`, and what is `added` [R][COLUMNS], if anything is, into y.
 template <class Format, int R, class X>
-void tile(const Linear &linear, const X &x, const char *panel, int64_t p, const float *added, float *y, Ahead ahead) {
+void tile(const Linear &linear, const X &x, const char *panel, int64_t p, const float *added, const Output &y, Ahead ahead) {
     F sum[R][2] = {};
     multiply_panel<Format>(x, panel, ahead, sum);
     const int64_t width = linear.gated ? W : COLUMNS, column = p * width;
@@ -127,19 +138,14 @@ void tile(const Linear &linear, const X &x, const char *panel, int64_t p, const 
             if (added) sum[r][i] += load(added + r * COLUMNS + i * W);
         }
         if (linear.gated) sum[r][0] = silu(sum[r][0]) * sum[r][1];
-        float *to = y + r * linear.out + column;
-        if (room < width) {
-            std::memcpy(to, sum[r], room * sizeof(float));
-        } else {
-            for (int64_t i = 0; i * W < width; ++i) store(to + i * W, sum[r][i]);
-        }
+        y.write(r, column, room, sum[r]);
     }
 }
 
 // All of a chunk's rows times panel p, and the next panel fetched meanwhile, a share by each tile: memory and arithmetic
 // are both busy all the time. Who comes to a panel that nobody has `fetched` fetches it just ahead of its first tile.
 template <class Format, class X>
-void pass(const Linear &linear, const X &x, int64_t rows, const char *panel, int64_t p, const float *added, float *y,
+void pass(const Linear &linear, const X &x, int64_t rows, const char *panel, int64_t p, const float *added, const Output &y,
           bool fetched) {
     const int64_t tiles = ceil_div(rows, Format::TILE_ROWS), share = Format::BYTES / tiles;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -149,13 +155,14 @@ void pass(const Linear &linear, const X &x, int64_t rows, const char *panel, int
                                     : Ahead{panel + AHEAD, Format::BYTES};
         const float *more = added ? added + part.begin * COLUMNS : nullptr;
         with_rows<Format::TILE_ROWS>(part.size, [&](auto size) {
-            tile<Format, size>(linear, x.from(part.begin), panel, p, more, y + part.begin * linear.out, ahead);
+            tile<Format, size>(linear, x.from(part.begin), panel, p, more, y.from(part.begin), ahead);
         });
     }
 }
 
 template <class Format, class X>
-void multiply(const Linear &linear, const X &x, int64_t rows, const LowRank *adapted, float *y, int64_t threads) {
+void multiply(const Linear &linear, const X &x, int64_t rows, const LowRank *adapted, const Output &y,
+              int64_t threads) {
     const int64_t panels = ceil_div(linear.out, linear.gated ? W : COLUMNS), chunks = ceil_div(rows, CHUNK_ROWS);
     const int64_t bytes = x.pieces * Format::BYTES;
 #pragma omp parallel num_threads(threads)
@@ -169,7 +176,7 @@ void multiply(const Linear &linear, const X &x, int64_t rows, const LowRank *ada
                 const char *panel = linear.weight + p * bytes;
                 if (adapted) adapted->widen(chunk, p, added);
                 pass<Format>(linear, x.from(chunk.begin), chunk.size, panel, p, adapted ? added : nullptr,
-                             y + chunk.begin * linear.out, panel == next);
+                             y.from(chunk.begin), panel == next);
                 next = panel + bytes;
             }
         }
@@ -179,7 +186,6 @@ void multiply(const Linear &linear, const X &x, int64_t rows, const LowRank *ada
 
 extern "C" int64_t panel_columns() { return COLUMNS; }
 
-// y = weight * x / sqrt(mean(x^2) + epsilon) for each of `rows` rows of x.
 extern "C" void rms_norm(const float *x, int64_t rows, int64_t width, const float *weight, float epsilon, float *y,
                          int64_t threads) {
     if (rows * width <= ALONE / 8) threads = 1;
@@ -199,17 +205,17 @@ extern "C" void rms_norm(const float *x, int64_t rows, int64_t width, const floa
     }
 }
 
-// x: [rows, in], y: [rows, out], dense. `runs`: null where no row has an adapter; else of as many rows, for `adapters`.
-extern "C" void linear(const Linear *linear, const float *x, int64_t rows, float *y, const Adapters *adapters,
+extern "C" void linear(const Linear *linear, const float *x, int64_t rows, const float *residual, float *y,
                        const Runs *runs, int64_t threads) {
     if (rows * linear->in * linear->out <= ALONE) threads = 1;
     std::optional<LowRank> low;
-    if (runs) low.emplace(*adapters, *runs, x, linear->in, threads);
+    if (runs && linear->adapters) low.emplace(*linear->adapters, *runs, x, linear->in, threads);
     const LowRank *adapted = low ? &*low : nullptr;
+    const Output to{y, residual, linear->out};
     const Rows plain{x, linear->in};
     switch (linear->format) {
-        case 0: return multiply<Float32>(*linear, plain, rows, adapted, y, threads);
-        case 1: return multiply<Bfloat16>(*linear, plain, rows, adapted, y, threads);
-        case 2: return multiply<Int8>(*linear, round_rows(x, rows, linear->in, threads), rows, adapted, y, threads);
+        case 0: return multiply<Float32>(*linear, plain, rows, adapted, to, threads);
+        case 1: return multiply<Bfloat16>(*linear, plain, rows, adapted, to, threads);
+        case 2: return multiply<Int8>(*linear, round_rows(x, rows, linear->in, threads), rows, adapted, to, threads);
     }
 }

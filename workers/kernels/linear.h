@@ -1,0 +1,28 @@
+// Packed linear layers as `linear.cpp` takes them.
+
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+struct Adapters;
+struct Runs;
+
+// Panels are padded with zeros. In a gated layer the first W columns of a panel are gates and the others what they let
+// through: the output is silu(gate) * up. `adapters`: null where it has none.
+struct Linear {
+    const char *weight;
+    const float *scale, *bias;
+    const Adapters *adapters;
+    int64_t in, out, format, gated;
+};
+
+// x: [rows, in]; y, and `residual`, which is added to the product and may be y itself, or null: [rows, out]; all dense.
+// `runs`: of as many rows, or null where no row has an adapter.
+void linear(const Linear *linear, const float *x, int64_t rows, const float *residual, float *y, const Runs *runs,
+            int64_t threads);
+
+// y = weight * x / sqrt(mean(x^2) + epsilon) for each of `rows` rows of x.
+void rms_norm(const float *x, int64_t rows, int64_t width, const float *weight, float epsilon, float *y, int64_t threads);
+}

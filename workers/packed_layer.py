@@ -1,0 +1,179 @@
+"""A decoder layer of packed parts, computed by one call where its attention is over the CPU's paged KV cache.
+
+What is in a step besides its kernels, modules calling modules and tensors being made, costs up to a third of a millisecond a
+layer: a product leaves the caches full of weights, so the interpreter starts from memory each time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers import trial
+from workers.attention.base import RaggedBatch
+from workers.attention.cpu import Call, CpuAttention
+from workers.bridge import PagedStep, attributes_of, under_way
+from workers.kernels import FOLDER
+from workers.kernels.compiler import address_of, load_library
+from workers.linear import PackedLinear
+from workers.linear import kernel as products
+from workers.norm import RMSNorm
+from workers.packed_attention import PackedAttention, observed
+from workers.packed_mlp import PackedMLP
+from workers.rotary import kernel as rotary
+
+SOURCE = FOLDER / "decoder_layer.cpp"
+
+
+class _Kernels(ctypes.Structure):
+    _fields_ = tuple((name, c_void_p) for name in ("norm", "multiply", "rotate", "attend"))
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("epsilon", c_float))
+
+
+class _DecoderLayer(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, _Norm) for name in ("before_attention", "before_mlp")),
+        *((name, c_int64) for name in ("heads", "head_dim")),
+        ("attention", Call),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("tokens", c_int64),
+        *((name, c_void_p) for name in ("cos", "sin", "runs", "cache", "batch", "scratch")),
+        ("threads", c_int64),
+    )
+
+
+class PackedLayer(nn.Module):
+    """As transformers' LlamaDecoderLayer, and with its names. Raises CompileError."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.self_attn: PackedAttention = layer.self_attn
+        self.mlp: PackedMLP = layer.mlp
+        self.input_layernorm: RMSNorm = layer.input_layernorm
+        self.post_attention_layernorm: RMSNorm = layer.post_attention_layernorm
+        attention, mlp, kernels = self.self_attn, self.mlp, _library()
+        self._products: tuple[Any, ...] = (attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj)
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        # Held, since the kernel is handed the address of its sinks.
+        self._attributes = attributes_of(attention.head_dim, **attention.given)
+        self._layer = _DecoderLayer(
+            *(product.address for product in self._products),
+            *(_Norm(norm.weight_address, norm.epsilon) for norm in norms),
+            attention.heads[0] + attention.heads[1],
+            attention.head_dim,
+            self._call(),
+        )
+        self._kernel, self._scratch_width = kernels.decoder_layer, kernels.scratch_width(ctypes.addressof(self._layer))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any = None,
+        **more: Any,
+    ) -> Tensor:
+        """hidden_states ``[1, T, width]``, position_embeddings two of ``[1, T, head_dim]`` -> ``[1, T, width]``."""
+        step = under_way()
+        if past_key_values is None and isinstance(step, PagedStep) and isinstance(step.backend, CpuAttention):
+            return self._at_once(hidden_states, position_embeddings, step.backend, step.batch)
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
+            **more,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def _at_once(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], backend: CpuAttention, batch: RaggedBatch
+    ) -> Tensor:
+        """Raises ValueError for what doesn't fit the layer or the batch."""
+        tokens, dim = len(batch.cache_slots), self.self_attn.head_dim
+        cos, sin = (each.contiguous() for each in position_embeddings)
+        x = x.contiguous()
+        if x.shape != (1, tokens, self._products[0].in_features) or not cos.shape == sin.shape == (1, tokens, dim):
+            raise ValueError(f"{list(x.shape)}, turned by {list(cos.shape)}, isn't a step of {tokens} tokens")
+        if {x.dtype, cos.dtype, sin.dtype} != {torch.float32}:
+            raise ValueError(f"expected float32, got {x.dtype}, turned by {cos.dtype}")
+        scratch, y = torch.empty(tokens * self._scratch_width), torch.empty_like(x)
+        runs = next(filter(None, (product.runs(tokens) for product in self._products)), None)
+        step = _Step(
+            tokens,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            runs,
+            *backend.addresses(self.self_attn.layer_idx, batch),
+            scratch.data_ptr(),
+            torch.get_num_threads(),
+        )
+        self._kernel(
+            ctypes.addressof(self._layer),
+            ctypes.addressof(_kernels(backend.kernel_address)),
+            ctypes.addressof(step),
+            x.data_ptr(),
+            y.data_ptr(),
+        )
+        return y
+
+    def _call(self) -> Call:
+        """What the layer asks of attention in every step: query, key and value of a token lie one after the other."""
+        asked, dim, width = self._attributes, self.self_attn.head_dim, self.self_attn.qkv.out_features
+        strides = {f"{name}_{axis}": at for name in ("query", "key", "value") for axis, at in (("token", width), ("head", dim))}
+        return Call(
+            **strides,
+            sinks=None if asked.sinks is None else asked.sinks.data_ptr(),
+            sliding_window=asked.sliding_window or 0,
+            scaling=asked.scaling,
+            softcap=asked.softcap or 0.0,
+        )
+
+
+def packed_layer(_: torch.dtype, layer: Any) -> PackedLayer | None:
+    """One in the place of a layer whose parts are packed, and which does just this with them on random tokens; else None."""
+    parts = dict(layer.named_children())
+    kinds = {
+        "self_attn": PackedAttention,
+        "mlp": PackedMLP,
+        "input_layernorm": RMSNorm,
+        "post_attention_layernorm": RMSNorm,
+    }
+    if {name: type(part) for name, part in parts.items()} != kinds:
+        return None
+    if not all(type(part) is PackedLinear for part in (layer.self_attn.o_proj, layer.mlp.down_proj)):
+        return None
+    ours = PackedLayer(layer)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, trial.ROWS, layer.self_attn.qkv.in_features, generator=draw)
+    embeddings = tuple(torch.randn(2, 1, trial.ROWS, layer.self_attn.head_dim, generator=draw))
+    with observed(layer.self_attn):
+        expected, found = (each(x, position_embeddings=embeddings, attention_mask=None) for each in (layer, ours))
+    return ours if isinstance(expected, Tensor) and trial.agree(found, expected) else None
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Raises CompileError."""
+    library = load_library(SOURCE)
+    library.decoder_layer.argtypes, library.decoder_layer.restype = (c_void_p,) * 5, None
+    library.scratch_width.argtypes, library.scratch_width.restype = (c_void_p,), c_int64
+    return library
+
+
+@cache
+def _kernels(attend: int | None) -> _Kernels:
+    """With attention's at this address."""
+    return _Kernels(*map(address_of, (products().rms_norm, products().linear, rotary())), attend)
