@@ -30,12 +30,13 @@ class Attend(Protocol):
 _attend: ContextVar[Attend] = ContextVar("attend")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PagedStep:
-    """Attention over the batch of one step, in any layer."""
+    """Attention over the batch of one step, in any layer. ``ahead``: what was computed of layers whose turn is still to come."""
 
     backend: AttentionBackend
     batch: RaggedBatch
+    ahead: Tensor | None = None
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes) -> Tensor:
         return self.backend.attend(layer, query, key, value, self.batch, attributes)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from workers import trial
 from workers.attention.base import RaggedBatch
@@ -27,7 +29,7 @@ from workers.packed_attention import PackedAttention, observed
 from workers.packed_mlp import PackedMLP
 from workers.rotary import kernel as rotary
 
-SOURCE = FOLDER / "decoder_layer.cpp"
+SOURCE = FOLDER / "decoder_layers.cpp"
 
 
 class _Kernels(ctypes.Structure):
@@ -42,15 +44,16 @@ class _DecoderLayer(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("qkv", "output", "gate_up", "down")),
         *((name, _Norm) for name in ("before_attention", "before_mlp")),
-        *((name, c_int64) for name in ("heads", "head_dim")),
+        *((name, c_int64) for name in ("index", "heads", "head_dim")),
         ("attention", Call),
+        ("next", c_void_p),
     )
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
         ("tokens", c_int64),
-        *((name, c_void_p) for name in ("cos", "sin", "runs", "cache", "batch", "scratch")),
+        *((name, c_void_p) for name in ("cos", "sin", "runs", "caches", "batch", "scratch")),
         ("threads", c_int64),
     )
 
@@ -72,11 +75,20 @@ class PackedLayer(nn.Module):
         self._layer = _DecoderLayer(
             *(product.address for product in self._products),
             *(_Norm(norm.weight_address, norm.epsilon) for norm in norms),
+            attention.layer_idx,
             attention.heads[0] + attention.heads[1],
             attention.head_dim,
             self._call(),
         )
-        self._kernel, self._scratch_width = kernels.decoder_layer, kernels.scratch_width(ctypes.addressof(self._layer))
+        self._address, self._kernels = ctypes.addressof(self._layer), kernels
+        # In a list, since it is no part of this one.
+        self._next: list[PackedLayer] = []
+        self._follows = False
+
+    def link(self, following: PackedLayer) -> None:
+        """From now on compute that one along with this one, which gives it its input, and nothing is done between them."""
+        self._next, following._follows = [following], True
+        self._layer.next = following._address
 
     def forward(
         self,
@@ -88,7 +100,9 @@ class PackedLayer(nn.Module):
         """hidden_states ``[1, T, width]``, position_embeddings two of ``[1, T, head_dim]`` -> ``[1, T, width]``."""
         step = under_way()
         if past_key_values is None and isinstance(step, PagedStep) and isinstance(step.backend, CpuAttention):
-            return self._at_once(hidden_states, position_embeddings, step.backend, step.batch)
+            if not (self._follows and hidden_states is step.ahead):
+                step.ahead = self._from_here(hidden_states, position_embeddings, step.backend, step.batch)
+            return step.ahead
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -98,36 +112,41 @@ class PackedLayer(nn.Module):
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
-    def _at_once(
+    def _from_here(
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], backend: CpuAttention, batch: RaggedBatch
     ) -> Tensor:
-        """Raises ValueError for what doesn't fit the layer or the batch."""
+        """What the last of the linked layers gives. Raises ValueError for what doesn't fit the layer or the batch."""
         tokens, dim = len(batch.cache_slots), self.self_attn.head_dim
-        cos, sin = (each.contiguous() for each in position_embeddings)
-        x = x.contiguous()
+        x, cos, sin = (each.contiguous() for each in (x, *position_embeddings))
         if x.shape != (1, tokens, self._products[0].in_features) or not cos.shape == sin.shape == (1, tokens, dim):
             raise ValueError(f"{list(x.shape)}, turned by {list(cos.shape)}, isn't a step of {tokens} tokens")
         if {x.dtype, cos.dtype, sin.dtype} != {torch.float32}:
             raise ValueError(f"expected float32, got {x.dtype}, turned by {cos.dtype}")
-        scratch, y = torch.empty(tokens * self._scratch_width), torch.empty_like(x)
-        runs = next(filter(None, (product.runs(tokens) for product in self._products)), None)
+        scratch, y = torch.empty(tokens * self._kernels.scratch_width(self._address)), torch.empty_like(x)
         step = _Step(
             tokens,
             cos.data_ptr(),
             sin.data_ptr(),
-            runs,
-            *backend.addresses(self.self_attn.layer_idx, batch),
+            self._runs(tokens),
+            *backend.addresses(batch),
             scratch.data_ptr(),
             torch.get_num_threads(),
         )
-        self._kernel(
-            ctypes.addressof(self._layer),
-            ctypes.addressof(_kernels(backend.kernel_address)),
-            ctypes.addressof(step),
-            x.data_ptr(),
-            y.data_ptr(),
+        functions = _functions(backend.kernel_address)
+        self._kernels.decoder_layers(
+            self._address, ctypes.addressof(functions), ctypes.addressof(step), x.data_ptr(), y.data_ptr()
         )
         return y
+
+    def _runs(self, tokens: int) -> int | None:
+        """Of the step, if a product of a linked layer has adapters: they are all told of the same rows."""
+        layer: PackedLayer | None = self
+        while layer is not None:
+            for product in layer._products:
+                if runs := product.runs(tokens):
+                    return runs
+            layer = next(iter(layer._next), None)
+        return None
 
     def _call(self) -> Call:
         """What the layer asks of attention in every step: query, key and value of a token lie one after the other."""
@@ -164,16 +183,39 @@ def packed_layer(_: torch.dtype, layer: Any) -> PackedLayer | None:
     return ours if isinstance(expected, Tensor) and trial.agree(found, expected) else None
 
 
+def link_layers(module: PreTrainedModel) -> None:
+    """Have layers computed together where one gets what the one before gave, and the same embeddings, in a trial of two tokens."""
+    layers = [layer for layer in module.modules() if isinstance(layer, PackedLayer)]
+    if not layers:
+        return
+    calls: list[tuple[PackedLayer, Tensor, object, Tensor]] = []
+
+    def hear(layer: PackedLayer, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        x = given[0] if given else named["hidden_states"]
+        calls.append((layer, x, named.get("position_embeddings"), output))
+
+    hooks = [layer.register_forward_hook(hear, with_kwargs=True) for layer in layers]
+    with observed(layers[0].self_attn):
+        module(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    if [layer for layer, *_ in calls] != layers:
+        return
+    for (before, _, turned, output), (after, x, turned_too, _) in pairwise(calls):
+        if x is output and turned is turned_too is not None:
+            before.link(after)
+
+
 @cache
 def _library() -> ctypes.CDLL:
     """Raises CompileError."""
     library = load_library(SOURCE)
-    library.decoder_layer.argtypes, library.decoder_layer.restype = (c_void_p,) * 5, None
+    library.decoder_layers.argtypes, library.decoder_layers.restype = (c_void_p,) * 5, None
     library.scratch_width.argtypes, library.scratch_width.restype = (c_void_p,), c_int64
     return library
 
 
 @cache
-def _kernels(attend: int | None) -> _Kernels:
+def _functions(attend: int | None) -> _Kernels:
     """With attention's at this address."""
     return _Kernels(*map(address_of, (products().rms_norm, products().linear, rotary())), attend)

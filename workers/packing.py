@@ -16,7 +16,7 @@ from workers.kernels.compiler import CompileError
 from workers.linear import PackedLinear, kernel, unsupported
 from workers.norm import RMSNorm
 from workers.packed_attention import packed_attention
-from workers.packed_layer import packed_layer
+from workers.packed_layer import link_layers, packed_layer
 from workers.packed_mlp import packed_mlp
 
 #: torch's own layers, in whatever the model was loaded as.
@@ -41,6 +41,7 @@ def pack(module: PreTrainedModel, weights: WeightsName) -> torch.dtype:
     if reason is None:
         for build in (packed_attention, packed_mlp, _norm, _packed_linear, packed_layer):
             _replace(module, partial(build, format))
+        link_layers(module)
         for parameter in module.parameters():
             # What is left may be a view of the weights' whole file in memory.
             parameter.data = parameter.data.clone()

@@ -64,10 +64,12 @@ class CpuAttention(AttentionBackend):
         self.cache = [
             torch.empty(self.num_blocks, s.kv_heads, (s.key_dim + s.value_dim) * self.block_size) for s in self.layers
         ]
-        self._layers = [
-            _Layer(cache.data_ptr(), s.query_heads, s.kv_heads, s.key_dim, s.value_dim, self.block_size)
-            for s, cache in zip(self.layers, self.cache, strict=True)
-        ]
+        self._layers = (_Layer * len(self.layers))(
+            *(
+                _Layer(cache.data_ptr(), s.query_heads, s.kv_heads, s.key_dim, s.value_dim, self.block_size)
+                for s, cache in zip(self.layers, self.cache, strict=True)
+            )
+        )
         self._batch: RaggedBatch | None = None
         self._batch_tensors: tuple[Tensor, ...] = ()
         self._batch_pointers = _Batch()
@@ -98,7 +100,7 @@ class CpuAttention(AttentionBackend):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: RaggedBatch, attributes: Attributes
     ) -> Tensor:
         """As the interface says. Raises ValueError for tensors or a batch that do not fit the cache."""
-        layer_address, batch_address = self.addresses(layer, batch)
+        caches, batch_address = self.addresses(batch)
         shape, tokens = self.layers[layer], self._batch_pointers.tokens
         output = torch.empty(tokens, shape.query_heads, shape.value_dim)
         query_strides = _strides(query, (tokens, shape.query_heads, shape.key_dim))
@@ -119,15 +121,15 @@ class CpuAttention(AttentionBackend):
             attributes.softcap or 0.0,
             torch.get_num_threads(),
         )
-        self._kernel(layer_address, batch_address, ctypes.addressof(call))
+        self._kernel(caches + layer * ctypes.sizeof(_Layer), batch_address, ctypes.addressof(call))
         return output
 
-    def addresses(self, layer: int, batch: RaggedBatch) -> tuple[int, int]:
-        """Of a layer's cache and of a step's batch, for the kernel, while the step lasts. Raises ValueError for a batch that
+    def addresses(self, batch: RaggedBatch) -> tuple[int, int]:
+        """Of all layers' caches, and of a step's batch while that lasts, for the kernel. Raises ValueError for a batch that
         doesn't fit the cache."""
         if batch is not self._batch:
             self._use(batch)
-        return ctypes.addressof(self._layers[layer]), ctypes.addressof(self._batch_pointers)
+        return ctypes.addressof(self._layers), ctypes.addressof(self._batch_pointers)
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         for blocks in self.cache:

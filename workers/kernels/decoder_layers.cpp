@@ -1,0 +1,102 @@
+// Decoder layers over a ragged batch, for the many models whose layers are
+//
+//     h = x + output(attention(rotary(qkv(norm(x)))))
+//     y = h + down(gate_up(norm(h)))
+//
+// They call the other files' kernels, by address, in the order in which the layers' own modules would: the same bits, and
+// nothing between two kernels but the way back from a function.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "linear.h"
+#include "paged_attention.h"
+#include "rotary.h"
+
+extern "C" {
+
+struct Kernels {
+    decltype(rms_norm) *norm;
+    decltype(linear) *multiply;
+    decltype(rotary) *rotate;
+    decltype(paged_attention) *attend;
+};
+
+struct Norm {
+    const float *weight;
+    float epsilon;
+};
+
+// `heads` are those that are turned: of queries and keys. `attention`: all but the addresses that a step brings. `next` gets
+// what this one gives, and nothing else is done between them; null after the last one.
+struct DecoderLayer {
+    const Linear *qkv, *output, *gate_up, *down;
+    Norm before_attention, before_mlp;
+    int64_t index, heads, head_dim;
+    Call attention;
+    const DecoderLayer *next;
+};
+
+// cos, sin: [tokens, head_dim]. `caches`: by the layers' index. `scratch`: of `scratch_width` floats for each token.
+struct Step {
+    int64_t tokens;
+    const float *cos, *sin;
+    const Runs *runs;
+    const Layer *caches;
+    const Batch *batch;
+    float *scratch;
+    int64_t threads;
+};
+}
+
+namespace {
+
+// x, y: [tokens, width]; they may be the same.
+void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step, const float *x, float *y) {
+    const int64_t tokens = step.tokens, width = layer.qkv->in, threads = step.threads;
+    const Layer &cache = step.caches[layer.index];
+    float *normed = step.scratch, *qkv = normed + tokens * width, *attended = qkv + tokens * layer.qkv->out;
+    const auto norm = [&](const float *from, const Norm &by) {
+        kernels.norm(from, tokens, width, by.weight, by.epsilon, normed, threads);
+    };
+    const auto multiply = [&](const Linear *by, const float *from, const float *residual, float *to) {
+        kernels.multiply(by, from, tokens, residual, to, step.runs, threads);
+    };
+
+    norm(x, layer.before_attention);
+    multiply(layer.qkv, normed, nullptr, qkv);
+    kernels.rotate(qkv, tokens, layer.qkv->out, layer.heads, layer.head_dim, step.cos, step.sin, threads);
+    Call call = layer.attention;
+    call.query = qkv;
+    call.key = qkv + cache.query_heads * layer.head_dim;
+    call.value = call.key + cache.kv_heads * layer.head_dim;
+    call.output = attended;
+    call.threads = threads;
+    kernels.attend(&cache, step.batch, &call);
+    multiply(layer.output, attended, x, y);
+
+    // Queries, keys and values are done with.
+    float *inner = qkv;
+    norm(y, layer.before_mlp);
+    multiply(layer.gate_up, normed, nullptr, inner);
+    multiply(layer.down, inner, y, y);
+}
+}
+
+extern "C" {
+
+// The most that this layer or one of those after it needs.
+int64_t scratch_width(const DecoderLayer *layer) {
+    int64_t most = 0;
+    for (; layer; layer = layer->next) {
+        const int64_t attention = layer->qkv->out + layer->output->in, mlp = layer->down->in;
+        most = std::max(most, layer->qkv->in + std::max(attention, mlp));
+    }
+    return most;
+}
+
+// This layer and all those after it. x, y: [tokens, width], dense.
+void decoder_layers(const DecoderLayer *layer, const Kernels *kernels, const Step *step, const float *x, float *y) {
+    for (; layer; layer = layer->next, x = y) compute(*layer, *kernels, *step, x, y);
+}
+}
