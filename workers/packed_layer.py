@@ -7,6 +7,7 @@ layer: a product leaves the caches full of weights, so the interpreter starts fr
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 from itertools import pairwise
@@ -68,12 +69,12 @@ class PackedLayer(nn.Module):
         self.input_layernorm: RMSNorm = layer.input_layernorm
         self.post_attention_layernorm: RMSNorm = layer.post_attention_layernorm
         attention, mlp, kernels = self.self_attn, self.mlp, _library()
-        self._products: tuple[Any, ...] = (attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj)
+        self.products: tuple[Any, ...] = (attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj)
         norms = (self.input_layernorm, self.post_attention_layernorm)
         # Held, since the kernel is handed the address of its sinks.
         self._attributes = attributes_of(attention.head_dim, **attention.given)
         self._layer = _DecoderLayer(
-            *(product.address for product in self._products),
+            *(product.address for product in self.products),
             *(_Norm(norm.weight_address, norm.epsilon) for norm in norms),
             attention.layer_idx,
             attention.heads[0] + attention.heads[1],
@@ -81,13 +82,13 @@ class PackedLayer(nn.Module):
             self._call(),
         )
         self._address, self._kernels = ctypes.addressof(self._layer), kernels
-        # In a list, since it is no part of this one.
-        self._next: list[PackedLayer] = []
+        # One or none, in a list, since it is no part of this one.
+        self.following: list[PackedLayer] = []
         self._follows = False
 
     def link(self, following: PackedLayer) -> None:
         """From now on compute that one along with this one, which gives it its input, and nothing is done between them."""
-        self._next, following._follows = [following], True
+        self.following, following._follows = [following], True
         self._layer.next = following._address
 
     def forward(
@@ -118,7 +119,7 @@ class PackedLayer(nn.Module):
         """What the last of the linked layers gives. Raises ValueError for what doesn't fit the layer or the batch."""
         tokens, dim = len(batch.cache_slots), self.self_attn.head_dim
         x, cos, sin = (each.contiguous() for each in (x, *position_embeddings))
-        if x.shape != (1, tokens, self._products[0].in_features) or not cos.shape == sin.shape == (1, tokens, dim):
+        if x.shape != (1, tokens, self.products[0].in_features) or not cos.shape == sin.shape == (1, tokens, dim):
             raise ValueError(f"{list(x.shape)}, turned by {list(cos.shape)}, isn't a step of {tokens} tokens")
         if {x.dtype, cos.dtype, sin.dtype} != {torch.float32}:
             raise ValueError(f"expected float32, got {x.dtype}, turned by {cos.dtype}")
@@ -138,20 +139,24 @@ class PackedLayer(nn.Module):
         )
         return y
 
+    def linked(self) -> Iterator[PackedLayer]:
+        """This layer and those that are computed along with it."""
+        layers = [self]
+        while layers:
+            yield from layers
+            layers = layers[0].following
+
     def _runs(self, tokens: int) -> int | None:
         """Of the step, if a product of a linked layer has adapters: they are all told of the same rows."""
-        layer: PackedLayer | None = self
-        while layer is not None:
-            for product in layer._products:
-                if runs := product.runs(tokens):
-                    return runs
-            layer = next(iter(layer._next), None)
-        return None
+        products = (product for layer in self.linked() for product in layer.products)
+        return next(filter(None, (product.runs(tokens) for product in products)), None)
 
     def _call(self) -> Call:
         """What the layer asks of attention in every step: query, key and value of a token lie one after the other."""
         asked, dim, width = self._attributes, self.self_attn.head_dim, self.self_attn.qkv.out_features
-        strides = {f"{name}_{axis}": at for name in ("query", "key", "value") for axis, at in (("token", width), ("head", dim))}
+        strides = {
+            f"{name}_{axis}": at for name in ("query", "key", "value") for axis, at in (("token", width), ("head", dim))
+        }
         return Call(
             **strides,
             sinks=None if asked.sinks is None else asked.sinks.data_ptr(),
@@ -178,13 +183,16 @@ def packed_layer(_: torch.dtype, layer: Any) -> PackedLayer | None:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1, trial.ROWS, layer.self_attn.qkv.in_features, generator=draw)
     embeddings = tuple(torch.randn(2, 1, trial.ROWS, layer.self_attn.head_dim, generator=draw))
-    with observed(layer.self_attn):
-        expected, found = (each(x, position_embeddings=embeddings, attention_mask=None) for each in (layer, ours))
+    try:
+        with observed(layer.self_attn):
+            expected, found = (each(x, position_embeddings=embeddings, attention_mask=None) for each in (layer, ours))
+    except (TypeError, RuntimeError):
+        return None  # it takes other arguments
     return ours if isinstance(expected, Tensor) and trial.agree(found, expected) else None
 
 
 def link_layers(module: PreTrainedModel) -> None:
-    """Have layers computed together where one gets what the one before gave, and the same embeddings, in a trial of two tokens."""
+    """Have layers computed together where one gets what the one before gave, and its embeddings, in a trial of two tokens."""
     layers = [layer for layer in module.modules() if isinstance(layer, PackedLayer)]
     if not layers:
         return

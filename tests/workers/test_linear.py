@@ -69,6 +69,23 @@ def test_int8_is_a_product_of_whole_numbers_by_groups(rows, inputs, outputs, bia
     assert relative(PackedLinear(module, torch.int8, up=up)(x), gated) < 1e-5
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    outputs=SIZES,
+    format=st.sampled_from(FORMATS),
+    alias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_residual_is_added_where_the_product_is_written(rows, outputs, format, alias, seed):
+    module = layer(40, outputs, bias=True, seed=seed)
+    packed, x, residual = PackedLinear(module, format), torch.randn(rows, 40), torch.randn(rows, outputs)
+    expected = residual + packed(x)
+    y = residual if alias else torch.empty(rows, outputs)
+    kernel().linear(packed.address, x.data_ptr(), rows, residual.data_ptr(), y.data_ptr(), None, 2)
+    assert torch.equal(y, expected)
+
+
 def test_int8_is_near_float32():
     module, x = layer(576, 960, bias=True, seed=1), torch.randn(50, 576)
     assert 1e-3 < relative(PackedLinear(module, torch.int8)(x), module(x)) < 1e-2
