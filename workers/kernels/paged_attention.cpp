@@ -109,17 +109,23 @@ struct Kernel {
 
     // ---- one panel of rows against one chunk ----
 
+    // Scores of N vectors of keys from `key` on, chunk-relative.
     template <int R, int N>
-    void dot(const float *queries, const float *keys, float *scores) const {
+    void dot(const float *queries, const Span &s, int64_t key, float *scores) const {
+        const float *keys[N];
+        for (int n = 0; n < N; ++n) {
+            const int64_t at = key + n * W - s.first;
+            keys[n] = s.keys[at / block_size] + at % block_size;
+        }
         F sum[R][N] = {};
         for (int64_t d = 0; d < layer.key_dim; ++d) {
             F k[N];
-            for (int n = 0; n < N; ++n) k[n] = load(keys + d * block_size + n * W);
+            for (int n = 0; n < N; ++n) k[n] = load(keys[n] + d * block_size);
             for (int r = 0; r < R; ++r)
                 for (int n = 0; n < N; ++n) sum[r][n] += k[n] * queries[d * R + r];
         }
         for (int r = 0; r < R; ++r)
-            for (int n = 0; n < N; ++n) store(scores + r * chunk_size + n * W, sum[r][n]);
+            for (int n = 0; n < N; ++n) store(scores + r * chunk_size + key + n * W, sum[r][n]);
     }
 
     // Turns scores [first, end) into weights in place; keys outside [visible, visible_end) get 0.
@@ -186,12 +192,11 @@ struct Kernel {
         const int64_t visible_end = std::min(s.first + s.count * block_size, last_position + 1 - base);
         if (visible >= visible_end) return;
 
-        int64_t end = s.first;
-        for (int b = 0; end < visible_end; ++b, end += block_size) {
-            int64_t c = 0;
-            for (; c + 2 * W <= block_size; c += 2 * W) dot<R, 2>(queries, s.keys[b] + c, scores + end + c);
-            for (; c < block_size; c += W) dot<R, 1>(queries, s.keys[b] + c, scores + end + c);
-        }
+        constexpr int N = R <= 3 ? 4 : 2;  // up to 12 accumulators
+        const int64_t end = s.first + ceil_div(visible_end - s.first, block_size) * block_size;
+        int64_t key = s.first;
+        for (; key + N * W <= end; key += N * W) dot<R, N>(queries, s, key, scores);
+        for (; key < end; key += W) dot<R, 1>(queries, s, key, scores);
 
         float keep[R], take[R];
         for (int r = 0; r < R; ++r) {
@@ -202,7 +207,6 @@ struct Kernel {
             fold(states + r * state_stride + layer.value_dim, maximum, sum, keep[r], take[r]);
         }
 
-        constexpr int N = R <= 3 ? 4 : 2;  // up to 12 accumulators again
         int64_t column = 0;
         for (; column + N * W <= layer.value_dim; column += N * W)
             weigh<R, N>(s, visible, visible_end, scores, column, states, keep, take);

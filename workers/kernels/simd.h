@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 namespace {
 
@@ -33,16 +34,29 @@ inline F splat(float x) { return F{} + x; }
 inline F select(I mask, F yes, F no) { return (F)(((I)yes & mask) | ((I)no & ~mask)); }
 inline F max(F a, F b) { return select(a > b, a, b); }
 
+template <int N>
+struct Lanes {
+    typedef float Vector __attribute__((vector_size(N * 4)));
+};
+
+// The halves of a vector joined until one number is left.
+template <int N, class Join>
+float reduce(typename Lanes<N>::Vector x, const Join &join) {
+    if constexpr (N == 1) {
+        return x[0];
+    } else {
+        typename Lanes<N / 2>::Vector halves[2];
+        std::memcpy(halves, &x, sizeof x);
+        return reduce<N / 2>(join(halves[0], halves[1]), join);
+    }
+}
+
 inline float reduce_max(F x) {
-    float best = x[0];
-    for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
-    return best;
+    return reduce<W>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline float reduce_add(F x) {
-    float sum = x[0];
-    for (int i = 1; i < W; ++i) sum += x[i];
-    return sum;
+    return reduce<W>(x, [](auto a, auto b) { return a + b; });
 }
 
 // 2^x for x <= 0, exactly 1 at 0 and exactly 0 below 2^-126; relative error under 2e-7 (Cephes' polynomial).
