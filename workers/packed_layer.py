@@ -71,15 +71,15 @@ class PackedLayer(nn.Module):
         attention, mlp, kernels = self.self_attn, self.mlp, _library()
         self.products: tuple[Any, ...] = (attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj)
         norms = (self.input_layernorm, self.post_attention_layernorm)
-        # Held, since the kernel is handed the address of its sinks.
-        self._attributes = attributes_of(attention.head_dim, **attention.given)
+        # It holds what the copy of it in the layer has the address of.
+        self._call = self._asked()
         self._layer = _DecoderLayer(
             *(product.address for product in self.products),
             *(_Norm(norm.weight_address, norm.epsilon) for norm in norms),
             attention.layer_idx,
             attention.heads[0] + attention.heads[1],
             attention.head_dim,
-            self._call(),
+            self._call,
         )
         self._address, self._kernels = ctypes.addressof(self._layer), kernels
         # One or none, in a list, since it is no part of this one.
@@ -151,19 +151,12 @@ class PackedLayer(nn.Module):
         products = (product for layer in self.linked() for product in layer.products)
         return next(filter(None, (product.runs(tokens) for product in products)), None)
 
-    def _call(self) -> Call:
+    def _asked(self) -> Call:
         """What the layer asks of attention in every step: query, key and value of a token lie one after the other."""
-        asked, dim, width = self._attributes, self.self_attn.head_dim, self.self_attn.qkv.out_features
-        strides = {
-            f"{name}_{axis}": at for name in ("query", "key", "value") for axis, at in (("token", width), ("head", dim))
-        }
-        return Call(
-            **strides,
-            sinks=None if asked.sinks is None else asked.sinks.data_ptr(),
-            sliding_window=asked.sliding_window or 0,
-            scaling=asked.scaling,
-            softcap=asked.softcap or 0.0,
-        )
+        width, dim = self.self_attn.qkv.out_features, self.self_attn.head_dim
+        axes = (("token", width), ("head", dim))
+        strides = {f"{name}_{axis}": stride for name in ("query", "key", "value") for axis, stride in axes}
+        return Call.asking(attributes_of(dim, **self.self_attn.given), **strides)
 
 
 def packed_layer(_: torch.dtype, layer: Any) -> PackedLayer | None:

@@ -45,6 +45,21 @@ class Call(ctypes.Structure):
         ("softcap", c_float),
         ("threads", c_int64),
     )
+    sinks_held: Tensor | None
+
+    @classmethod
+    def asking(cls, attributes: Attributes, **others: int) -> Call:
+        """With what a layer's attention asks for, and other fields; it holds the sinks that it has the address of."""
+        sinks = None if attributes.sinks is None else attributes.sinks.to(torch.float32).contiguous()
+        call = cls(
+            sinks=None if sinks is None else sinks.data_ptr(),
+            sliding_window=attributes.sliding_window or 0,
+            scaling=attributes.scaling,
+            softcap=attributes.softcap or 0.0,
+            **others,
+        )
+        call.sinks_held = sinks
+        return call
 
 
 class CpuAttention(AttentionBackend):
@@ -103,23 +118,16 @@ class CpuAttention(AttentionBackend):
         caches, batch_address = self.addresses(batch)
         shape, tokens = self.layers[layer], self._batch_pointers.tokens
         output = torch.empty(tokens, shape.query_heads, shape.value_dim)
-        query_strides = _strides(query, (tokens, shape.query_heads, shape.key_dim))
-        key_strides = _strides(key, (tokens, shape.kv_heads, shape.key_dim))
-        value_strides = _strides(value, (tokens, shape.kv_heads, shape.value_dim))
-        sinks = None if attributes.sinks is None else attributes.sinks.to(torch.float32).contiguous()
-        call = Call(
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            output.data_ptr(),
-            *query_strides,
-            *key_strides,
-            *value_strides,
-            None if sinks is None else sinks.data_ptr(),
-            attributes.sliding_window or 0,
-            attributes.scaling,
-            attributes.softcap or 0.0,
-            torch.get_num_threads(),
+        call = Call.asking(
+            attributes,
+            query=query.data_ptr(),
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            output=output.data_ptr(),
+            **_strides("query", query, (tokens, shape.query_heads, shape.key_dim)),
+            **_strides("key", key, (tokens, shape.kv_heads, shape.key_dim)),
+            **_strides("value", value, (tokens, shape.kv_heads, shape.value_dim)),
+            threads=torch.get_num_threads(),
         )
         self._kernel(caches + layer * ctypes.sizeof(_Layer), batch_address, ctypes.addressof(call))
         return output
@@ -169,12 +177,12 @@ def _library(layers: Sequence[LayerShape], block_size: int) -> ctypes.CDLL:
     return load_library(SOURCE, [f"LANES={MULTIPLE if narrow else LANES}"])
 
 
-def _strides(tensor: Tensor, shape: tuple[int, int, int]) -> tuple[int, int]:
+def _strides(name: str, tensor: Tensor, shape: tuple[int, int, int]) -> dict[str, int]:
     """The token and head strides of a float32 tensor of `shape` with a dense last dimension; else ValueError."""
     token, head, element = tensor.stride()
     if tensor.shape != shape or tensor.dtype != torch.float32 or (element != 1 and shape[2] > 1):
         raise ValueError(f"expected float32 {shape} with a dense last dimension, got {tensor.dtype} {tensor.shape}")
-    return token, head
+    return {f"{name}_token": token, f"{name}_head": head}
 
 
 def _within(indices: Tensor, end: int) -> bool:
