@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from workers import huge_pages
 from workers.kernels import FOLDER
 from workers.kernels.compiler import load_library
 
@@ -156,5 +157,5 @@ def _panels(weight: Tensor, columns: int) -> Tensor:
     pieces = weight.view(-1, 2, columns // 2, weight.shape[1])
     if weight.dtype == torch.int8:
         words = pad(pieces, (0, -weight.shape[1] % INT8_INPUTS)).unflatten(3, (-1, INT8_INPUTS))
-        return words.permute(0, 3, 1, 2, 4).contiguous().view(torch.uint8).bitwise_xor_(INT8_ZERO)
-    return pieces.permute((0, 3, 1, 2) if weight.dtype == torch.float32 else (0, 3, 2, 1)).contiguous()
+        return huge_pages.copy(words.permute(0, 3, 1, 2, 4)).view(torch.uint8).bitwise_xor_(INT8_ZERO)
+    return huge_pages.copy(pieces.permute((0, 3, 1, 2) if weight.dtype == torch.float32 else (0, 3, 2, 1)))

@@ -9,6 +9,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from workers import huge_pages
 from workers.attention.base import AttentionBackend, Attributes, LayerShape, RaggedBatch
 from workers.kernels import FOLDER
 from workers.kernels.compiler import CompileError, address_of, load_library
@@ -76,9 +77,9 @@ class CpuAttention(AttentionBackend):
         self._kernel.argtypes, self._kernel.restype = (c_void_p, c_void_p, c_void_p), None
         #: For kernels that call it.
         self.kernel_address = address_of(self._kernel)
-        self.cache = [
-            torch.empty(self.num_blocks, s.kv_heads, (s.key_dim + s.value_dim) * self.block_size) for s in self.layers
-        ]
+        self.cache = huge_pages.zeros(
+            [(self.num_blocks, s.kv_heads, (s.key_dim + s.value_dim) * self.block_size) for s in self.layers]
+        )
         self._layers = (_Layer * len(self.layers))(
             *(
                 _Layer(cache.data_ptr(), s.query_heads, s.kv_heads, s.key_dim, s.value_dim, self.block_size)

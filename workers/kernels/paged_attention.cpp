@@ -41,6 +41,9 @@ Buffer allocate(int64_t floats) {
     return Buffer(static_cast<float *>(std::aligned_alloc(CACHE_LINE, ceil_div(floats * 4, CACHE_LINE) * CACHE_LINE)));
 }
 
+// What is wanted next goes to L2 only: many more lines can be on their way there than to L1.
+inline void fetch(const float *p) { __builtin_prefetch(p, 0, 2); }
+
 // Tokens [first, first + count) of the batch, all of one row; the first sits at `position` in its sequence.
 struct Tile {
     int64_t row, first, count, position;
@@ -53,11 +56,13 @@ struct Piece {
     float *state;
 };
 
-// The blocks of one chunk that a tile sees; `first` is the chunk-relative position of the first one.
+// The blocks of one chunk that a tile sees; `first` is the chunk-relative position of the first one, `ahead` how far behind
+// a block's values the keys lie that a tile of all heads reads next.
 struct Span {
     int64_t first = 0;
     int count = 0;
     const float *keys[MAX_CHUNK_BLOCKS], *values[MAX_CHUNK_BLOCKS];
+    int64_t ahead[MAX_CHUNK_BLOCKS];
 };
 
 struct Kernel {
@@ -97,12 +102,17 @@ struct Kernel {
     Span span(const Tile &tile, int64_t head, int64_t chunk) const {
         const int64_t first = std::max(chunk * chunk_size, first_visible(tile.position)) / block_size;
         const int64_t end = std::min((chunk + 1) * chunk_size, tile.position + tile.count);
+        const int32_t *blocks = batch.block_table + tile.row * batch.max_blocks;
+        const int64_t per_chunk = chunk_size / block_size, all = ceil_div(tile.position + tile.count, block_size);
         Span s;
         s.first = first * block_size - chunk * chunk_size;
-        for (int64_t logical = first; logical * block_size < end; ++logical, ++s.count) {
-            const int64_t block = batch.block_table[tile.row * batch.max_blocks + logical];
-            s.keys[s.count] = keys(block, head);
-            s.values[s.count] = values(block, head);
+        for (int64_t i = first; i * block_size < end; ++i, ++s.count) {
+            const float *read = values(blocks[i], head);
+            s.keys[s.count] = keys(blocks[i], head);
+            s.values[s.count] = read;
+            s.ahead[s.count] = head + 1 < layer.kv_heads ? block_size * layer.value_dim
+                               : i + per_chunk < all     ? keys(blocks[i + per_chunk], 0) - read
+                                                         : 0;
         }
         return s;
     }
@@ -111,7 +121,7 @@ struct Kernel {
 
     // Scores of N vectors of keys from `key` on, chunk-relative.
     template <int R, int N>
-    void dot(const float *queries, const Span &s, int64_t key, float *scores) const {
+    void dot(const float *const (&queries)[R], const Span &s, int64_t key, float *scores) const {
         const float *keys[N];
         for (int n = 0; n < N; ++n) {
             const int64_t at = key + n * W - s.first;
@@ -120,12 +130,16 @@ struct Kernel {
         F sum[R][N] = {};
         for (int64_t d = 0; d < layer.key_dim; ++d) {
             F k[N];
-            for (int n = 0; n < N; ++n) k[n] = load(keys[n] + d * block_size);
+            for (int n = 0; n < N; ++n) {
+                const float *key = keys[n] + d * block_size;
+                k[n] = load(key);
+                fetch(key + block_size * layer.key_dim);  // its values
+            }
             for (int r = 0; r < R; ++r)
-                for (int n = 0; n < N; ++n) sum[r][n] += k[n] * queries[d * R + r];
+                for (int n = 0; n < N; ++n) sum[r][n] += k[n] * queries[r][d];
         }
         for (int r = 0; r < R; ++r)
-            for (int n = 0; n < N; ++n) store(scores + r * chunk_size + key + n * W, sum[r][n]);
+            for (int n = 0; n < N; ++n) store(scores + r * chunk_size + key + n * W, sum[r][n] * query_scale);
     }
 
     // Turns scores [first, end) into weights in place; keys outside [visible, visible_end) get 0.
@@ -167,8 +181,11 @@ struct Kernel {
             const int64_t end = std::min(visible_end, start + block_size);
             for (int64_t c = std::max(visible, start); c < end; ++c) {
                 F v[N];
-                for (int n = 0; n < N; ++n)
-                    v[n] = load(s.values[b] + (c - start) * layer.value_dim + column + n * W);
+                for (int n = 0; n < N; ++n) {
+                    const float *value = s.values[b] + (c - start) * layer.value_dim + column + n * W;
+                    v[n] = load(value);
+                    fetch(value + s.ahead[b]);
+                }
                 for (int r = 0; r < R; ++r)
                     for (int n = 0; n < N; ++n) sum[r][n] += v[n] * weights[r * chunk_size + c];
             }
@@ -180,16 +197,21 @@ struct Kernel {
             }
     }
 
-    // Folds chunk `chunk` into the states of rows [row, row + R) of the tile.
+    // Folds chunk `chunk` into the states of rows [row, row + R) of the tile and one KV head.
     template <int R>
-    void panel(const Tile &tile, int64_t row, int64_t chunk, const Span &s, const float *queries, float *scores,
+    void panel(const Tile &tile, int64_t kv_head, int64_t row, int64_t chunk, const Span &s, float *scores,
                float *states) const {
         const int64_t base = chunk * chunk_size;
-        const int64_t first_position = tile.position + row / group;
-        const int64_t last_position = tile.position + (row + R - 1) / group;
+        const float *queries[R];
+        int64_t positions[R];  // chunk-relative
+        for (int64_t r = 0, token = row / group, head = row % group; r < R; ++r, ++head) {
+            if (head == group) head = 0, ++token;
+            queries[r] = call.query + (tile.first + token) * call.query_token + (kv_head * group + head) * call.query_head;
+            positions[r] = tile.position + token - base;
+        }
         // The rows of a panel see keys [visible, visible_end) between them, chunk-relative.
-        const int64_t visible = std::max(s.first, first_visible(first_position) - base);
-        const int64_t visible_end = std::min(s.first + s.count * block_size, last_position + 1 - base);
+        const int64_t visible = std::max(s.first, first_visible(positions[0] + base) - base);
+        const int64_t visible_end = std::min(s.first + s.count * block_size, positions[R - 1] + 1);
         if (visible >= visible_end) return;
 
         constexpr int N = R <= 3 ? 4 : 2;  // up to 12 accumulators
@@ -200,10 +222,9 @@ struct Kernel {
 
         float keep[R], take[R];
         for (int r = 0; r < R; ++r) {
-            const int64_t position = tile.position + (row + r) / group;
             float maximum, sum;
-            softmax(scores + r * chunk_size, s.first, end, first_visible(position) - base, position + 1 - base, maximum,
-                    sum);
+            softmax(scores + r * chunk_size, s.first, end, first_visible(positions[r] + base) - base, positions[r] + 1,
+                    maximum, sum);
             fold(states + r * state_stride + layer.value_dim, maximum, sum, keep[r], take[r]);
         }
 
@@ -233,46 +254,27 @@ struct Kernel {
         }
     }
 
-    // Rows go in panels of even size, each packed [key_dim][rows] so that its broadcasts read along memory.
-    static int64_t panels(int64_t rows) { return ceil_div(rows, PANEL); }
-    static int64_t panel_start(int64_t rows, int64_t p) { return rows * p / panels(rows); }
-
-    void pack(const Tile &tile, int64_t kv_head, float *queries) const {
-        const int64_t rows = tile.count * group;
-        for (int64_t p = 0; p < panels(rows); ++p) {
-            const int64_t start = panel_start(rows, p), size = panel_start(rows, p + 1) - start;
-            float *packed = queries + start * layer.key_dim;
-            for (int64_t r = 0; r < size; ++r) {
-                const int64_t token = tile.first + (start + r) / group, head = kv_head * group + (start + r) % group;
-                const float *query = call.query + token * call.query_token + head * call.query_head;
-                for (int64_t d = 0; d < layer.key_dim; ++d) packed[d * size + r] = query[d] * query_scale;
-            }
-        }
-    }
-
-    void visit(const Tile &tile, int64_t head, int64_t chunk, const float *queries, float *scores, float *states) const {
-        using Panel = void (Kernel::*)(const Tile &, int64_t, int64_t, const Span &, const float *, float *, float *) const;
+    // Rows go in panels of even size.
+    void visit(const Tile &tile, int64_t head, int64_t chunk, float *scores, float *states) const {
+        using Panel = void (Kernel::*)(const Tile &, int64_t, int64_t, int64_t, const Span &, float *, float *) const;
         static constexpr Panel by_size[PANEL + 1] = {nullptr,           &Kernel::panel<1>, &Kernel::panel<2>,
                                                      &Kernel::panel<3>, &Kernel::panel<4>, &Kernel::panel<5>,
                                                      &Kernel::panel<6>};
-        const int64_t rows = tile.count * group;
+        const int64_t rows = tile.count * group, panels = ceil_div(rows, PANEL);
         const Span s = span(tile, head, chunk);
-        for (int64_t p = 0; p < panels(rows); ++p) {
-            const int64_t start = panel_start(rows, p), size = panel_start(rows, p + 1) - start;
-            (this->*by_size[size])(tile, start, chunk, s, queries + start * layer.key_dim, scores,
-                                   states + start * state_stride);
+        for (int64_t p = 0, start = 0; p < panels; ++p) {
+            const int64_t end = rows * (p + 1) / panels;
+            (this->*by_size[end - start])(tile, head, start, chunk, s, scores, states + start * state_stride);
+            start = end;
         }
     }
 
-    void run(const Piece &piece, float *queries, float *scores, float *states) const {
+    void run(const Piece &piece, float *scores, float *states) const {
         const int64_t rows = piece.tile.count * group;
-        for (int64_t head = piece.head; head < piece.head_end; ++head)
-            pack(piece.tile, head, queries + (head - piece.head) * rows * layer.key_dim);
         clear(states, rows * (piece.head_end - piece.head));
         for (int64_t chunk = piece.chunk; chunk < piece.chunk_end; ++chunk)
             for (int64_t head = piece.head; head < piece.head_end; ++head)
-                visit(piece.tile, head, chunk, queries + (head - piece.head) * rows * layer.key_dim, scores,
-                      states + (head - piece.head) * rows * state_stride);
+                visit(piece.tile, head, chunk, scores, states + (head - piece.head) * rows * state_stride);
     }
 
     // Joins `count` states of one piece, which lie `apart` floats from each other, and writes the output.
@@ -281,9 +283,10 @@ struct Kernel {
         for (int64_t r = 0; r < rows(piece); ++r) {
             const int64_t head = (piece.head + r / per_head) * group + r % group;
             float *output = call.output + ((piece.tile.first + r % per_head / group) * layer.query_heads + head) * layer.value_dim;
-            float total[2] = {LOWEST, 0};
-            std::fill_n(output, layer.value_dim, 0.0f);
-            for (int64_t i = 0; i < count; ++i) {
+            float total[2];
+            std::copy_n(states + r * state_stride, layer.value_dim, output);
+            std::copy_n(states + r * state_stride + layer.value_dim, 2, total);
+            for (int64_t i = 1; i < count; ++i) {
                 const float *state = states + i * apart + r * state_stride;
                 float keep, take;
                 fold(total, state[layer.value_dim], state[layer.value_dim + 1], keep, take);
@@ -342,12 +345,11 @@ struct Kernel {
 #pragma omp for schedule(static)
             for (int64_t token = 0; token < batch.tokens; ++token) write(token);
 
-            Buffer queries = allocate(most_rows * layer.key_dim), scores = allocate(PANEL * chunk_size);
-            Buffer own = allocate(most_rows * state_stride);
+            Buffer scores = allocate(PANEL * chunk_size), own = allocate(most_rows * state_stride);
 // Barriers are dear where other programs compete for the cores, so there is none but those needed.
 #pragma omp for schedule(dynamic) nowait
             for (int64_t i = 0; i < (int64_t)work.size(); ++i) {
-                run(work[i], queries.get(), scores.get(), splitting ? work[i].state : own.get());
+                run(work[i], scores.get(), splitting ? work[i].state : own.get());
                 if (!splitting) finish(work[i], own.get(), 1, 0);
             }
             if (splitting) {
