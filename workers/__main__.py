@@ -100,6 +100,13 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
     agree = tensor_parallel.agree if ranks.count > 1 else None
     draft = _draft_model(config, model)
     kind = _attention(config, model)
+    if config.batch_invariant:
+        kind = one_by_one(kind)
+    models = [model] if draft is None else [model, draft]
+    per_block = sum(AttentionBackend.bytes_per_block(each.layers, config.block_size, each.dtype) for each in models)
+    longest = min(each.max_model_len for each in models)
+    num_blocks = _num_blocks(config, per_block, longest)
+    backend = kind(model.layers, num_blocks, config.block_size, model.dtype, device)
     expected = selftest.expect(model)
     rounding = None
     if config.weights == INT8:
@@ -112,14 +119,8 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
     adapters = Adapters(model.module, {name: Path(path) for name, path in config.adapters.items()}, config.max_adapters)
     if config.batch_invariant:
         fix_shapes(model.module)
-        kind = one_by_one(kind)
         selftest.check_invariant(model, kind, config.block_size, config.max_batch_tokens)
     selftest.check(model, kind, config.block_size, expected, rounding)
-    models = [model] if draft is None else [model, draft]
-    per_block = sum(AttentionBackend.bytes_per_block(each.layers, config.block_size, each.dtype) for each in models)
-    longest = min(each.max_model_len for each in models)
-    num_blocks = _num_blocks(config, per_block, longest)
-    backend = kind(model.layers, num_blocks, config.block_size, model.dtype, device)
     max_model_len = min(longest, num_blocks * config.block_size)
     runner = Runner(
         model.module,

@@ -5,10 +5,12 @@ huge ones as it has them, to who asks for them (madvise(2)); elsewhere this is m
 """
 
 import contextlib
+import ctypes
 import mmap
 import sys
 from collections.abc import Sequence
 from math import prod
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -16,8 +18,9 @@ from torch import Tensor
 #: So much is asked for at once, for tensor after tensor: little of the last page is left over.
 _PIECE = 64 << 20
 _ALIGNMENT = 64
-#: From Linux 5.14 on; Python's mmap has no name for it.
+#: From Linux 5.14 on; Python's mmap has no name for it. So much at a time, since nobody else gets memory meanwhile.
 _MADV_POPULATE_WRITE = 23
+_POPULATED_AT_ONCE = 16 << 20
 _LINUX = sys.platform == "linux"
 
 
@@ -44,26 +47,30 @@ def copy(tensor: Tensor) -> Tensor:
 
 
 def zeros(shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """float32 of these shapes, one after the other. It is there when they are: no step waits for a page to be cleared, and who
-    asked for more than the machine has knows at once. Raises OSError."""
+    """float32 of these shapes, one after the other. A thread has the kernel clear their pages, so that no step waits for that.
+    Raises OSError."""
     sizes = [prod(shape) for shape in shapes]
-    mapping = _map(sum(sizes) * torch.float32.itemsize)
-    if _LINUX:
-        _advise(mapping, _MADV_POPULATE_WRITE)
-    parts = _whole(mapping).view(torch.float32).split(sizes)
+    memory = _whole(_map(sum(sizes) * torch.float32.itemsize))
+    if _LINUX and memory.nbytes > _POPULATED_AT_ONCE:
+        Thread(target=_populate, args=(memory,), name="populate", daemon=True).start()
+    parts = memory.view(torch.float32).split(sizes)
     return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _populate(memory: Tensor) -> None:
+    """Leaves what is in it as it is, also what is written meanwhile."""
+    advise = ctypes.CDLL(None).madvise
+    for start in range(0, memory.nbytes, _POPULATED_AT_ONCE):
+        size = min(_POPULATED_AT_ONCE, memory.nbytes - start)
+        advise(ctypes.c_void_p(memory.data_ptr() + start), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
 
 
 def _map(bytes: int) -> mmap.mmap:
     mapping = mmap.mmap(-1, bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if _LINUX:
-        _advise(mapping, mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
-
-
-def _advise(mapping: mmap.mmap, advice: int) -> None:
-    with contextlib.suppress(OSError):  # a kernel that doesn't know it
-        mapping.madvise(advice)
 
 
 def _whole(mapping: mmap.mmap) -> Tensor:
