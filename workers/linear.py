@@ -110,7 +110,7 @@ class PackedLinear(nn.Module):
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features)
         rows = x.numel() // self.in_features
-        self._kernel(self.address, x.data_ptr(), rows, None, y.data_ptr(), self.runs(rows), torch.get_num_threads())
+        self._kernel(self.address, x.data_ptr(), rows, None, y.data_ptr(), self.runs(rows), None, torch.get_num_threads())
         return y
 
 
@@ -125,7 +125,7 @@ def unsupported(weight: Tensor) -> str | None:
 def kernel() -> ctypes.CDLL:
     """Raises CompileError."""
     library = load_library(SOURCE)
-    library.linear.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64)
+    library.linear.argtypes = (c_void_p, c_void_p, c_int64, *(c_void_p,) * 4, c_int64)
     library.linear.restype = None
     library.group_rows.argtypes, library.group_rows.restype = (c_void_p, c_int64, c_void_p, c_void_p), c_int64
     library.rms_norm.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p, c_int64)

@@ -82,7 +82,7 @@ def test_a_residual_is_added_where_the_product_is_written(rows, outputs, format,
     packed, x, residual = PackedLinear(module, format), torch.randn(rows, 40), torch.randn(rows, outputs)
     expected = residual + packed(x)
     y = residual if alias else torch.empty(rows, outputs)
-    kernel().linear(packed.address, x.data_ptr(), rows, residual.data_ptr(), y.data_ptr(), None, 2)
+    kernel().linear(packed.address, x.data_ptr(), rows, residual.data_ptr(), y.data_ptr(), None, None, 2)
     assert torch.equal(y, expected)
 
 

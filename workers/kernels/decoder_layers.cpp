@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "linear.h"
 #include "paged_attention.h"
@@ -51,6 +52,23 @@ struct Step {
 
 namespace {
 
+// Of keys and values, what L3 can be trusted to hold for the time of a product.
+constexpr int64_t FETCHED_BYTES = 8 << 20;
+
+// The first blocks, `most` at most, that attention reads for rows of one token. Those of more tokens keep it busy enough.
+std::vector<int32_t> read_first(const Batch &batch, const Layer &cache, const Call &call, int64_t most) {
+    std::vector<int32_t> found;
+    for (int64_t row = 0; row < batch.rows && static_cast<int64_t>(found.size()) < most; ++row) {
+        if (batch.query_start[row + 1] - batch.query_start[row] != 1) continue;
+        const int64_t length = batch.context_len[row];
+        const int64_t unseen = call.sliding_window ? std::max<int64_t>(0, length - call.sliding_window) : 0;
+        const int32_t *blocks = batch.block_table + row * batch.max_blocks;
+        found.insert(found.end(), blocks + unseen / cache.block_size, blocks + (length - 1) / cache.block_size + 1);
+    }
+    if (static_cast<int64_t>(found.size()) > most) found.resize(most);
+    return found;
+}
+
 // x, y: [tokens, width]; they may be the same.
 void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step, const float *x, float *y) {
     const int64_t tokens = step.tokens, width = layer.qkv->in, threads = step.threads;
@@ -59,12 +77,18 @@ void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step
     const auto norm = [&](const float *from, const Norm &by) {
         kernels.norm(from, tokens, width, by.weight, by.epsilon, normed, threads);
     };
-    const auto multiply = [&](const Linear *by, const float *from, const float *residual, float *to) {
-        kernels.multiply(by, from, tokens, residual, to, step.runs, threads);
+    const auto multiply = [&](const Linear *by, const float *from, const float *residual, float *to,
+                              const Upcoming *upcoming = nullptr) {
+        kernels.multiply(by, from, tokens, residual, to, step.runs, upcoming, threads);
     };
+    const int64_t numbers = cache.kv_heads * cache.block_size * (cache.key_dim + cache.value_dim);
+    const int64_t bytes = numbers * static_cast<int64_t>(sizeof(float));
+    const std::vector<int32_t> blocks = read_first(*step.batch, cache, layer.attention, FETCHED_BYTES / bytes);
+    const Upcoming upcoming{reinterpret_cast<const char *>(cache.cache), blocks.data(),
+                            static_cast<int64_t>(blocks.size()), bytes};
 
     norm(x, layer.before_attention);
-    multiply(layer.qkv, normed, nullptr, qkv);
+    multiply(layer.qkv, normed, nullptr, qkv, &upcoming);
     kernels.rotate(qkv, tokens, layer.qkv->out, layer.heads, layer.head_dim, step.cos, step.sin, threads);
     Call call = layer.attention;
     call.query = qkv;

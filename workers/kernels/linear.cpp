@@ -19,6 +19,8 @@
 
 namespace {
 
+constexpr int64_t LINE = 64;  // bytes that are fetched together
+
 typedef U Words __attribute__((aligned(4), may_alias));
 
 // A format has BYTES for each piece of a panel, and TILE_ROWS at most in a tile. That of a wide one is all columns of one k,
@@ -72,15 +74,16 @@ struct Output {
     }
 };
 
-// What is fetched while a panel is multiplied: `step` bytes with each of its pieces.
+// What is fetched while a panel is multiplied: two streams, of `step` bytes with each of its pieces.
 struct Ahead {
-    const char *at;
-    int64_t step;
+    const char *at[2];
+    int64_t step[2];
 
     void fetch() {
-        __builtin_prefetch(at);
-        __builtin_prefetch(at + step / 2);
-        at += step;
+        for (int i = 0; i < 2; ++i) {
+            __builtin_prefetch(at[i]);
+            at[i] += step[i];
+        }
     }
 };
 
@@ -142,17 +145,22 @@ void tile(const Linear &linear, const X &x, const char *panel, int64_t p, const 
     }
 }
 
-// All of a chunk's rows times panel p, and the next panel fetched meanwhile, a share by each tile: memory and arithmetic
-// are both busy all the time. Who comes to a panel that nobody has `fetched` fetches it just ahead of its first tile.
+// All of a chunk's rows times panel p, and the next panel fetched meanwhile, a share by each tile, and one of the upcoming
+// blocks, if there are so many: memory and arithmetic are both busy all the time. Who comes to a panel that nobody has
+// `fetched` fetches it just ahead of its first tile.
 template <class Format, class X>
 void pass(const Linear &linear, const X &x, int64_t rows, const char *panel, int64_t p, const float *added, const Output &y,
-          bool fetched) {
+          bool fetched, const Upcoming &upcoming) {
     const int64_t tiles = ceil_div(rows, Format::TILE_ROWS), share = Format::BYTES / tiles;
     for (int64_t t = 0; t < tiles; ++t) {
         const Part part(rows, tiles, t);
-        const bool in_time = tiles > 1 && (fetched || t);
-        const Ahead ahead = in_time ? Ahead{panel + x.pieces * (Format::BYTES + t * share), share}
-                                    : Ahead{panel + AHEAD, Format::BYTES};
+        Ahead ahead{{panel + AHEAD, panel + AHEAD + Format::BYTES / 2}, {Format::BYTES, Format::BYTES}};
+        if (tiles > 1 && (fetched || t)) {
+            const char *next = panel + x.pieces * (Format::BYTES + t * share);
+            const bool both = t < upcoming.count;
+            ahead = {{next, both ? upcoming.base + upcoming.blocks[t] * upcoming.bytes : next},
+                     {share, both ? std::min(LINE, ceil_div(upcoming.bytes, x.pieces)) : share}};
+        }
         const float *more = added ? added + part.begin * COLUMNS : nullptr;
         with_rows<Format::TILE_ROWS>(part.size, [&](auto size) {
             tile<Format, size>(linear, x.from(part.begin), panel, p, more, y.from(part.begin), ahead);
@@ -162,7 +170,7 @@ void pass(const Linear &linear, const X &x, int64_t rows, const char *panel, int
 
 template <class Format, class X>
 void multiply(const Linear &linear, const X &x, int64_t rows, const LowRank *adapted, const Output &y,
-              int64_t threads) {
+              const Upcoming &upcoming, int64_t threads) {
     const int64_t panels = ceil_div(linear.out, linear.gated ? W : COLUMNS), chunks = ceil_div(rows, CHUNK_ROWS);
     const int64_t bytes = x.pieces * Format::BYTES;
 #pragma omp parallel num_threads(threads)
@@ -172,11 +180,12 @@ void multiply(const Linear &linear, const X &x, int64_t rows, const LowRank *ada
 #pragma omp for schedule(static) collapse(2)
         for (int64_t c = 0; c < chunks; ++c) {
             for (int64_t p = 0; p < panels; ++p) {
-                const Part chunk(rows, chunks, c);
+                const Part chunk(rows, chunks, c), share(upcoming.count, chunks * panels, c * panels + p);
                 const char *panel = linear.weight + p * bytes;
                 if (adapted) adapted->widen(chunk, p, added);
                 pass<Format>(linear, x.from(chunk.begin), chunk.size, panel, p, adapted ? added : nullptr,
-                             y.from(chunk.begin), panel == next);
+                             y.from(chunk.begin), panel == next,
+                             {upcoming.base, upcoming.blocks + share.begin, share.size, upcoming.bytes});
                 next = panel + bytes;
             }
         }
@@ -206,16 +215,17 @@ extern "C" void rms_norm(const float *x, int64_t rows, int64_t width, const floa
 }
 
 extern "C" void linear(const Linear *linear, const float *x, int64_t rows, const float *residual, float *y,
-                       const Runs *runs, int64_t threads) {
+                       const Runs *runs, const Upcoming *upcoming, int64_t threads) {
     if (rows * linear->in * linear->out <= ALONE) threads = 1;
     std::optional<LowRank> low;
     if (runs && linear->adapters) low.emplace(*linear->adapters, *runs, x, linear->in, threads);
     const LowRank *adapted = low ? &*low : nullptr;
     const Output to{y, residual, linear->out};
+    const Upcoming soon = upcoming ? *upcoming : Upcoming{};
     const Rows plain{x, linear->in};
     switch (linear->format) {
-        case 0: return multiply<Float32>(*linear, plain, rows, adapted, to, threads);
-        case 1: return multiply<Bfloat16>(*linear, plain, rows, adapted, to, threads);
-        case 2: return multiply<Int8>(*linear, round_rows(x, rows, linear->in, threads), rows, adapted, to, threads);
+        case 0: return multiply<Float32>(*linear, plain, rows, adapted, to, soon, threads);
+        case 1: return multiply<Bfloat16>(*linear, plain, rows, adapted, to, soon, threads);
+        case 2: return multiply<Int8>(*linear, round_rows(x, rows, linear->in, threads), rows, adapted, to, soon, threads);
     }
 }

@@ -18,10 +18,17 @@ struct Linear {
     int64_t in, out, format, gated;
 };
 
+// Memory that is read right after a product: `count` blocks of `bytes`, by their numbers from `base` on.
+struct Upcoming {
+    const char *base;
+    const int32_t *blocks;
+    int64_t count, bytes;
+};
+
 // x: [rows, in]; y, and `residual`, which is added to the product and may be y itself, or null: [rows, out]; all dense.
-// `runs`: of as many rows, or null where no row has an adapter.
+// `runs`: of as many rows, or null where no row has an adapter. `upcoming`: fetched where memory has little else to do; or null.
 void linear(const Linear *linear, const float *x, int64_t rows, const float *residual, float *y, const Runs *runs,
-            int64_t threads);
+            const Upcoming *upcoming, int64_t threads);
 
 // y = weight * x / sqrt(mean(x^2) + epsilon) for each of `rows` rows of x.
 void rms_norm(const float *x, int64_t rows, int64_t width, const float *weight, float epsilon, float *y, int64_t threads);
