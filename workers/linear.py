@@ -110,7 +110,9 @@ class PackedLinear(nn.Module):
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features)
         rows = x.numel() // self.in_features
-        self._kernel(self.address, x.data_ptr(), rows, None, y.data_ptr(), self.runs(rows), None, torch.get_num_threads())
+        self._kernel(
+            self.address, x.data_ptr(), rows, None, y.data_ptr(), self.runs(rows), None, torch.get_num_threads()
+        )
         return y
 
 
