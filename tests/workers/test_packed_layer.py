@@ -19,28 +19,36 @@ from workers.packing import pack
 from workers.slots import Inputs, Slots
 
 BLOCK_SIZE, BLOCKS = 8, 6
-#: Prompts cut so that decodes and prefills share steps.
-CHUNKS = [(10, 0, 1), (1, 17, 1), (9, 1, 20)]
+#: Prompts cut so that decodes and prefills share steps, and beside them so many decodes that their blocks are fetched ahead.
+DECODES = 17
+CHUNKS = [
+    (10, 0, 1, *[20] * DECODES),
+    (1, 17, 1, *[1] * DECODES),
+    (9, 1, 20, *[1] * DECODES),
+    (1, 1, 1, *[1] * DECODES),
+]
+SEQUENCES = 3 + DECODES
 
 
 @dataclass
 class Sequences:
-    """Three of them over a cache of their own."""
+    """All of them over a cache of their own."""
 
     model: Model
 
     def __post_init__(self) -> None:
         device = torch.device("cpu")
-        self.backend = CpuAttention(self.model.layers, 3 * BLOCKS, BLOCK_SIZE, torch.float32, device)
-        self.slots = Slots(3, BLOCKS, BLOCK_SIZE, device)
+        self.backend = CpuAttention(self.model.layers, SEQUENCES * BLOCKS, BLOCK_SIZE, torch.float32, device)
+        self.slots = Slots(SEQUENCES, BLOCKS, BLOCK_SIZE, device)
         draw = torch.Generator().manual_seed(1)
-        for slot in range(3):
+        for slot in range(SEQUENCES):
             prompt = torch.randint(0, self.model.vocab_size, (BLOCKS * BLOCK_SIZE,), generator=draw).tolist()
             self.slots.admit(Admission(slot, prompt, Sampling(), len(prompt)))
-            self.slots.extend([Row(slot, 0, 0, [3 * index + slot for index in range(BLOCKS)], sample=False)])
+            blocks = [SEQUENCES * index + slot for index in range(BLOCKS)]
+            self.slots.extend([Row(slot, 0, 0, blocks, sample=False)])
 
     def steps(self) -> list[Inputs]:
-        done, steps = [0, 0, 0], []
+        done, steps = [0] * SEQUENCES, []
         for lengths in CHUNKS:
             rows = [Row(slot, done[slot], length, [], sample=True) for slot, length in enumerate(lengths) if length]
             steps.append(self.slots.inputs(StepPlan(0, [], [], rows)))
