@@ -29,7 +29,10 @@ async def answers(client: Client) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def neighbour(url: str) -> AsyncIterator[None]:
-    """Asks all the while in the block, at least once; every answer must be what it was before."""
+    """Asks all the while in the block, at least once; every answer must be what it was before.
+
+    Wait for the service to settle after the block: within, nothing but chance makes it settle.
+    """
     block_ended = asyncio.Event()
 
     async def ask_again() -> None:

@@ -51,17 +51,17 @@ async def test_chunks_and_errors_over_the_brokers_limit_are_given_up_and_disturb
         EmbeddedBroker(data_dir=tmp_path / "broker", settings=[f"max_packet_size {LIMIT}"]) as broker,
         ServiceProcess(tmp_path, model, broker.url) as service,
         Transport(BrokerAddress.parse(broker.url), subscriptions=[(inbox, 1)]) as alice,
-        neighbour(broker.url),
     ):
-        for id, room in (("accepted", 170), ("error", 205)):
-            topic, correlation = topics.request("alice", "tiny", id), id.encode().ljust(LIMIT - room)
-            await alice.publish(topic, encode_request(STREAM), response_topic=inbox, correlation=correlation)
-        heard = [await receive_reply(alice) for _ in range(3)]
-        assert {(reply.request_id, type(reply)) for reply in heard} == {
-            ("accepted", Accepted),
-            ("error", Accepted),
-            ("error", Failed),
-        }
+        async with neighbour(broker.url):
+            for id, room in (("accepted", 170), ("error", 205)):
+                topic, correlation = topics.request("alice", "tiny", id), id.encode().ljust(LIMIT - room)
+                await alice.publish(topic, encode_request(STREAM), response_topic=inbox, correlation=correlation)
+            heard = [await receive_reply(alice) for _ in range(3)]
+            assert {(reply.request_id, type(reply)) for reply in heard} == {
+                ("accepted", Accepted),
+                ("error", Accepted),
+                ("error", Failed),
+            }
         metrics = await service.settled()
         assert metrics['tokenbus_publish_failures_total{kind="chunk"}'] > 0
         log = service.log.read_text()
