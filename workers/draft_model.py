@@ -10,6 +10,7 @@ from protocol.plan import Verification
 from workers.attention import AttentionBackend
 from workers.drafts import Drafter
 from workers.forward import forward
+from workers.greedy import greedy
 from workers.model import Model
 from workers.slots import Inputs, Slots, Spans
 
@@ -36,7 +37,7 @@ class DraftModel(Drafter):
             positions = slots.computed(wanting) + depth
             spans = Spans(np.array(wanting), positions, np.ones_like(positions))
             inputs = slots.ragged(spans, np.arange(len(wanting)))
-            tokens = forward(self._module, self._backend, inputs).argmax(dim=-1)
+            tokens = greedy(forward(self._module, self._backend, inputs))
             if self._agree is not None:
                 self._agree(tokens)
             slots.tokens[inputs.slots, inputs.positions + 1] = tokens.int()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from protocol.plan import Sampling
+from workers.greedy import greedy
 from workers.logits import Rows, processors
 from workers.transfer import index
 
@@ -66,7 +67,7 @@ class Sampler:
 
     def sample(self, logits: Tensor, rows: Rows) -> Tensor:
         """One token per row, for its position: logits ``[n, V]`` -> int64 ``[n]``."""
-        tokens = logits.argmax(dim=-1)
+        tokens = greedy(logits)
         others = [row for row, slot in enumerate(rows.slots) if slot not in self._plain]
         if others:
             at = index(others, logits.device)
@@ -82,7 +83,7 @@ class Sampler:
 
     def _choose(self, logits: Tensor, rows: Rows) -> Tensor:
         logits = self.process(logits, rows)
-        tokens = logits.argmax(dim=-1)
+        tokens = greedy(logits)
         drawn = [row for row, slot in enumerate(rows.slots) if slot in self._drawn]
         if drawn:
             at = index(drawn, logits.device)
