@@ -282,7 +282,7 @@ async def test_broker_that_comes_back_is_found_soon(broker: EmbeddedBroker, addr
         await broker.stop()
         await asyncio.sleep(3)  # long enough for the pauses to have grown to their longest
         await broker.start()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(3):
             await transport.wait_connected()
 
 
