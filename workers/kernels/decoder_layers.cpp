@@ -52,7 +52,7 @@ struct Step {
 
 namespace {
 
-// Of keys and values, what L3 can be trusted to hold for the time of a product.
+// Of keys and values, at most: more costs the product what attention gains.
 constexpr int64_t FETCHED_BYTES = 8 << 20;
 
 // The first blocks, `most` at most, that attention reads for rows of one token. Those of more tokens keep it busy enough.
