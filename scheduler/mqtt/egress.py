@@ -108,9 +108,10 @@ class Egress:
         self._metrics.accepted.inc()
         for listener in entry.listeners:
             self._delivery.send(listener, Accepted(entry.request_id))
-        if isinstance(run, Generation) and run.streams and run.published:
-            # Perhaps journalled by a process that died before publishing it.
-            self._delivery.publish_chunk(entry.listeners, run.chunk(run.published - 1))
+        if isinstance(run, Generation) and run.streams:
+            # Perhaps journalled, one of each choice at once, by a process that died before publishing them.
+            for number in range(max(run.published - len(run.choices), 0), run.published):
+                self._delivery.publish_chunk(entry.listeners, run.chunk(number))
 
     def abandon(self, entry: Entry, error: ErrorBody) -> None:
         """End an accepted request that can't run, or may not."""
