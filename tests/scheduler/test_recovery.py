@@ -353,3 +353,14 @@ async def test_a_chunk_that_may_not_have_arrived_is_published_again(path):
     async with Process(path, fatal="a") as process:
         await process.worker.reached.wait()
         assert [(chunk.seq, chunk.text) for chunk in process.broker.chunks("a")] == [(1, "xx")]
+
+
+async def test_of_choices_that_were_journalled_together_each_ones_chunk_is_published_again(path):
+    pieces = [Piece([LETTER], choice=choice) for choice in (0, 1, 0, 1)]
+    left = entry("a", pieces=pieces)
+    left.request = msgspec.structs.replace(left.request, n=2, temperature=1.0)
+    await leave(path, left)
+    async with Process(path) as process:
+        await process.settle()
+        seqs = [chunk.seq for chunk in process.broker.chunks("a")]
+        assert seqs == list(range(2, 2 + len(seqs)))
