@@ -143,6 +143,13 @@ class Generation:
         """End a piece of every choice that has something to tell: their numbers and what is to be journalled."""
         return [self._close_piece(choice) for choice in self.choices if choice.has_news]
 
+    def cut_last(self) -> range:
+        """Numbers of the last published pieces that may have been cut at once: each of a later choice than the one before."""
+        first = max(self.published - 1, 0)
+        while first > 0 and self.parts[first - 1].choice.index < self.parts[first].choice.index:
+            first -= 1
+        return range(first, self.published)
+
     def chunk(self, number: int) -> replies.Chunk:
         """A piece as it is published; the last one of a choice has the reason of its end."""
         choice, start, end, first, last = self.parts[number]

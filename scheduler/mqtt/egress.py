@@ -110,7 +110,7 @@ class Egress:
             self._delivery.send(listener, Accepted(entry.request_id))
         if isinstance(run, Generation) and run.streams:
             # Perhaps journalled, one of each choice at once, by a process that died before publishing them.
-            for number in range(max(run.published - len(run.choices), 0), run.published):
+            for number in run.cut_last():
                 self._delivery.publish_chunk(entry.listeners, run.chunk(number))
 
     def abandon(self, entry: Entry, error: ErrorBody) -> None:
