@@ -51,12 +51,16 @@ WORKLOADS = (
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Milliseconds per layer. `cache_gb_per_s` and `gflop_per_s` are the kernel's, over its median step."""
+    """Milliseconds per layer; `half` is the kernel with keys and values in float16.
+
+    `cache_gb_per_s` and `gflop_per_s` are the kernel's in float32, over its median step.
+    """
 
     workload: Workload
     threads: int
     cpu_best_ms: float
     cpu_median_ms: float
+    half_median_ms: float
     reference_median_ms: float
     cache_gb_per_s: float
     gflop_per_s: float
@@ -78,11 +82,15 @@ def random_batch(workload: Workload, block_size: int = BLOCK_SIZE) -> RaggedBatc
 
 
 def step_times(
-    backend: type[AttentionBackend], batch: RaggedBatch, steps: int, block_size: int = BLOCK_SIZE
+    backend: type[AttentionBackend],
+    batch: RaggedBatch,
+    steps: int,
+    block_size: int = BLOCK_SIZE,
+    kv_dtype: torch.dtype = torch.float32,
 ) -> list[float]:
     """Milliseconds per layer of each step, sorted, over a cache whose whole contexts have been written."""
     num_blocks = batch.block_table.numel()
-    attention = backend([SMOLLM2] * LAYERS, num_blocks, block_size, torch.float32, torch.device("cpu"))
+    attention = backend([SMOLLM2] * LAYERS, num_blocks, block_size, torch.float32, torch.device("cpu"), kv_dtype)
     fill = replace(
         batch,
         query_start=torch.arange(num_blocks + 1, dtype=torch.int32) * block_size,
@@ -113,6 +121,7 @@ def step_times(
 def measure(workload: Workload, steps: int) -> Timing:
     batch = random_batch(workload)
     cpu = step_times(CpuAttention, batch, steps)
+    half = step_times(CpuAttention, batch, steps, kv_dtype=torch.float16)
     reference = step_times(ReferenceAttention, batch, REFERENCE_STEPS)
     dims = SMOLLM2.key_dim + SMOLLM2.value_dim
     cache_bytes = workload.rows * workload.context_len * SMOLLM2.kv_heads * dims * torch.float32.itemsize
@@ -124,6 +133,7 @@ def measure(workload: Workload, steps: int) -> Timing:
         threads=torch.get_num_threads(),
         cpu_best_ms=cpu[0],
         cpu_median_ms=median,
+        half_median_ms=statistics.median(half),
         reference_median_ms=statistics.median(reference),
         cache_gb_per_s=cache_bytes / median / 1e6,
         gflop_per_s=flop / median / 1e6,
@@ -132,14 +142,17 @@ def measure(workload: Workload, steps: int) -> Timing:
 
 def table(timings: Sequence[Timing]) -> Table:
     shown = Table(title=f"Paged attention, ms per layer, {timings[0].threads} threads", box=box.SIMPLE)
-    for column in ("load", "rows", "query", "context", "best", "median", "torch", "GB/s", "GFLOP/s"):
+    for column in ("load", "rows", "query", "context", "best", "median", "float16", "torch", "GB/s", "GFLOP/s"):
         shown.add_column(column, justify="left" if column == "load" else "right")
     for timing in timings:
         load = timing.workload
         shown.add_row(
             load.name,
             *(str(count) for count in (load.rows, load.query_len, load.context_len)),
-            *(f"{ms:.3f}" for ms in (timing.cpu_best_ms, timing.cpu_median_ms, timing.reference_median_ms)),
+            *(
+                f"{ms:.3f}"
+                for ms in (timing.cpu_best_ms, timing.cpu_median_ms, timing.half_median_ms, timing.reference_median_ms)
+            ),
             *(f"{rate:.1f}" for rate in (timing.cache_gb_per_s, timing.gflop_per_s)),
         )
     return shown

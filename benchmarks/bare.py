@@ -93,9 +93,11 @@ def measure(job: Job) -> Bare:
 def _read_bytes_per_s() -> float:
     """What no cache holds, summed up several times, the median: others on the machine slow this down as they do a step. It
     lies as weights do."""
+    import torch  # noqa: PLC0415 - only in the process that measures
+
     from workers import huge_pages  # noqa: PLC0415
 
-    (numbers,) = huge_pages.zeros([(_READ_FLOATS,)])
+    (numbers,) = huge_pages.zeros([(_READ_FLOATS,)], torch.float32)
     numbers.fill_(1)  # else all its pages are one
     seconds = []
     for _ in range(_READ_PASSES):

@@ -10,7 +10,7 @@ import msgspec
 
 from benchmarks import bare, cli
 from benchmarks.workload import Workload, config, load, sequence
-from protocol.plan import WeightsName, WorkerConfig
+from protocol.plan import KVDtypeName, WeightsName, WorkerConfig
 from scheduler.core.speculation import Speculation
 from scheduler.lead import Lead
 from scheduler.loop import Engine, StepReport
@@ -109,6 +109,7 @@ def _traced(report: StepReport) -> TracedStep:
 @cli.workload_option
 @cli.options
 @click.option("--weights", default="auto", show_default=True, type=click.Choice(get_args(WeightsName)))
+@click.option("--kv-dtype", default="auto", show_default=True, type=click.Choice(get_args(KVDtypeName)))
 @click.option("--floor", is_flag=True, help="Time the bare matrix products of the same steps, too (CPU).")
 @click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Write a JSON line for each step here.")
 def main(
@@ -118,11 +119,14 @@ def main(
     max_batch_tokens: int,
     as_json: bool,
     weights: WeightsName,
+    kv_dtype: KVDtypeName,
     floor: bool,
     trace: Path | None,
 ) -> None:
     """Run a workload through the engine alone."""
-    worker = msgspec.structs.replace(config(model, max_running, max_batch_tokens).worker(), weights=weights)
+    worker = msgspec.structs.replace(
+        config(model, max_running, max_batch_tokens).worker(), weights=weights, kv_dtype=kv_dtype
+    )
     figures, reports = asyncio.run(record(load(file), worker))
     if floor:
         figures = msgspec.structs.replace(figures, floor_ratio=_floor_ratio(worker, reports))

@@ -14,6 +14,9 @@ from benchmarks.startup import StartupFigures
 from benchmarks.structured import StructuredFigures
 from benchmarks.tracing import TracingFigures
 
+#: What the settings of keys and values mean for a model in float32.
+_KEPT = {"auto": "float32", "float16": "float16"}
+
 
 def adapters_line(figures: AdapterFigures) -> str:
     return (
@@ -25,9 +28,13 @@ def adapters_line(figures: AdapterFigures) -> str:
 
 
 def floor_table(figures: FloorFigures) -> str:
-    lines = ["| decodes in a step | ms | of that the bare products | reading the weights once |", "|---|---|---|---|"]
+    lines = [
+        "| decodes in a step | keys and values | ms | of that the bare products | reading the weights once |",
+        "|---|---|---|---|---|",
+    ]
     lines += [
-        f"| {batch.batch} | {1000 * batch.step_s:.1f} | {batch.floor_ratio:.0%} | {batch.bandwidth_ratio:.0%} |"
+        f"| {batch.batch} | {_KEPT[batch.kv_dtype]} | {1000 * batch.step_s:.1f} | {batch.floor_ratio:.1%} "
+        f"| {batch.bandwidth_ratio:.0%} |"
         for batch in figures.batches
     ]
     summary = (

@@ -10,17 +10,19 @@ import msgspec
 from benchmarks import bare, cli, engine
 from benchmarks.bare import Bare
 from benchmarks.workload import config, mixed
-from protocol.plan import WeightsName, WorkerConfig
+from protocol.plan import KVDtypeName, WeightsName, WorkerConfig
 
 
 class BatchFloor(msgspec.Struct, frozen=True):
     """Of the steps in which ``batch`` sequences decode and nothing else happens, in the worker's own time; medians of rounds.
+    ``kv_dtype``: the setting of their keys and values.
 
     ``floor_ratio``: the share of a step that its bare matrix products take. ``bandwidth_ratio``: the share that reading
     the weights once takes.
     """
 
     batch: int
+    kv_dtype: KVDtypeName
     steps: int
     step_s: float
     floor_ratio: float
@@ -60,9 +62,10 @@ def measure(worker: WorkerConfig, batch: int, prompt_tokens: int, output_tokens:
     return _Round(len(decodes), sum(report.seconds for report in decodes), times)
 
 
-def _batch(batch: int, rounds: list[_Round]) -> BatchFloor:
+def _batch(batch: int, kv_dtype: KVDtypeName, rounds: list[_Round]) -> BatchFloor:
     return BatchFloor(
         batch=batch,
+        kv_dtype=kv_dtype,
         steps=sum(each.steps for each in rounds),
         step_s=statistics.median(each.step_s for each in rounds),
         floor_ratio=statistics.median(each.bare.products_s / each.seconds for each in rounds),
@@ -88,19 +91,24 @@ def main(
     vocab: int,
     rounds: int,
 ) -> None:
-    """Decode one sequence, and --max-running of them, beside the bare products and the memory's bandwidth (CPU)."""
+    """Decode one sequence, and --max-running of them, beside the bare products and the memory's bandwidth (CPU), with keys and
+    values held in either way."""
     worker = msgspec.structs.replace(config(model, max_running, max_batch_tokens).worker(), weights=weights)
-    runs: dict[int, list[_Round]] = {1: [], max_running: []}
+    kinds: tuple[KVDtypeName, ...] = get_args(KVDtypeName)
+    runs: dict[tuple[int, KVDtypeName], list[_Round]] = {
+        (batch, kind): [] for batch in (1, max_running) for kind in kinds
+    }
     for _ in range(rounds):
-        for batch, done in runs.items():
-            done.append(measure(worker, batch, prompt_tokens, output_tokens, vocab))
+        for (batch, kind), done in runs.items():
+            holding = msgspec.structs.replace(worker, kv_dtype=kind)
+            done.append(measure(holding, batch, prompt_tokens, output_tokens, vocab))
     times = [each.bare for done in runs.values() for each in done]
     figures = FloorFigures(
         rounds=rounds,
         weights=weights,
         weight_bytes=times[0].weight_bytes,
         read_bytes_per_s=statistics.median(each.read_bytes_per_s for each in times),
-        batches=[_batch(batch, done) for batch, done in runs.items()],
+        batches=[_batch(batch, kind, done) for (batch, kind), done in runs.items()],
     )
     cli.show(figures, as_json)
 

@@ -22,6 +22,7 @@ _LENGTH = struct.Struct(">I")
 AttentionName = Literal["auto", "reference", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 WeightsName = Literal["auto", "plain", "float32", "bfloat16", "int8"]
+KVDtypeName = Literal["auto", "float16"]
 ExecutionName = Literal["auto", "eager", "graphs"]
 
 
@@ -52,6 +53,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     max_batch_tokens: int
     max_model_len: int | None
     weights: WeightsName = "auto"
+    kv_dtype: KVDtypeName = "auto"
     adapters: dict[str, str] = {}
     max_adapters: int = 0
     speculation: str | None = None

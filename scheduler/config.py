@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from protocol.plan import AttentionName, DtypeName, ExecutionName, WeightsName, WorkerConfig
+from protocol.plan import AttentionName, DtypeName, ExecutionName, KVDtypeName, WeightsName, WorkerConfig
 from protocol.request import MAX_CHOICES
 from scheduler.core.policies import PolicyName
 from scheduler.core.speculation import Speculation
@@ -63,6 +63,9 @@ class EngineConfig(Section, frozen=True):
     """Sizes of a step and of the KV cache; ``num_blocks`` absent: as many as ``kv_memory_mb`` MiB hold, of each of
     ``model.tensor_parallel`` processes.
 
+    ``kv_dtype``: what keys and values are held as; ``auto``: as the model's activations are. On the CPU ``float16`` takes half
+    the memory, and half the time to read it.
+
     A worker that takes longer than ``step_timeout_s`` over a step is killed; over ``stalled_after_s``, the service isn't
     ready. A request is given up after ``attempts`` failing steps, the last of them with it alone.
 
@@ -84,6 +87,7 @@ class EngineConfig(Section, frozen=True):
     block_size: Count = 16
     num_blocks: Count | None = None
     kv_memory_mb: Count = 1024
+    kv_dtype: KVDtypeName = "auto"
     step_timeout_s: Seconds = 60.0
     stalled_after_s: Seconds = 10.0
     heartbeat_s: Seconds = 5.0
@@ -270,6 +274,7 @@ class Config(Section, frozen=True):
             block_size=engine.block_size,
             num_blocks=engine.num_blocks,
             kv_memory_mb=engine.kv_memory_mb,
+            kv_dtype=engine.kv_dtype,
             max_running=engine.max_running,
             max_batch_tokens=engine.max_batch_tokens,
             max_model_len=model.max_model_len,

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -103,10 +104,10 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
     if config.batch_invariant:
         kind = one_by_one(kind)
     models = [model] if draft is None else [model, draft]
-    per_block = sum(AttentionBackend.bytes_per_block(each.layers, config.block_size, each.dtype) for each in models)
+    per_block = sum(AttentionBackend.bytes_per_block(each.layers, config.block_size, each.kv_dtype) for each in models)
     longest = min(each.max_model_len for each in models)
     num_blocks = _num_blocks(config, per_block, longest)
-    backend = kind(model.layers, num_blocks, config.block_size, model.dtype, device)
+    backend = kind(model.layers, num_blocks, config.block_size, model.dtype, device, model.kv_dtype)
     expected = selftest.expect(model)
     rounding = None
     if config.weights == INT8:
@@ -165,12 +166,23 @@ def _model(config: plan.WorkerConfig, device: torch.device, ranks: Ranks) -> Mod
     """The model, or this rank's share of it."""
     dtype = _resolve_dtype(config.dtype, device)
     if ranks.count == 1:
-        return load(config.model, dtype, str(device), config.max_model_len)
+        return _holding(config, load(config.model, dtype, str(device), config.max_model_len))
     # No device need hold the whole of it.
     whole = load(config.model, dtype, "cpu", config.max_model_len)
     tensor_parallel.check(whole, ranks)
     ranks.join(device)
-    return tensor_parallel.share(whole, ranks, device)
+    return _holding(config, tensor_parallel.share(whole, ranks, device))
+
+
+def _holding(config: plan.WorkerConfig, model: Model) -> Model:
+    """The model, with its keys and values held as they are to be. Raises ValueError where they can't."""
+    if config.kv_dtype == "auto":
+        return model
+    if model.device.type != "cpu":
+        raise ValueError(
+            f"kv_dtype = {config.kv_dtype!r} is for CPUs: on a GPU keys and values are in the model's dtype"
+        )
+    return replace(model, kv_dtype=getattr(torch, config.kv_dtype))
 
 
 def _attention(config: plan.WorkerConfig, model: Model) -> type[AttentionBackend]:
@@ -181,6 +193,7 @@ def _attention(config: plan.WorkerConfig, model: Model) -> type[AttentionBackend
         model.layers,
         block_size=config.block_size,
         attributes=model.attributes,
+        kv_dtype=model.kv_dtype,
     )
 
 
@@ -201,7 +214,7 @@ def _draft_model(config: plan.WorkerConfig, model: Model) -> Model | None:
     if config.speculation is None or config.speculation == plan.NGRAM:
         return None
     dtype = str(model.dtype).removeprefix("torch.")
-    draft = load(config.speculation, dtype, str(model.device), config.max_model_len)
+    draft = _holding(config, load(config.speculation, dtype, str(model.device), config.max_model_len))
     if draft.vocab_size != model.vocab_size:
         raise ModelRefused(
             f"the draft model {config.speculation} has {draft.vocab_size} tokens and the model {model.vocab_size}: "
@@ -216,7 +229,7 @@ def _drafter(
 ) -> Drafter | None:
     if draft is not None:
         kind = _attention(config, draft)
-        backend = kind(draft.layers, num_blocks, config.block_size, draft.dtype, draft.device)
+        backend = kind(draft.layers, num_blocks, config.block_size, draft.dtype, draft.device, draft.kv_dtype)
         return DraftModel(draft, backend, agree=agree)
     return NGram() if config.speculation == plan.NGRAM else None
 

@@ -46,14 +46,14 @@ def copy(tensor: Tensor) -> Tensor:
     return _room.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def zeros(shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """float32 of these shapes, one after the other. A thread has the kernel clear their pages, so that no step waits for that.
+def zeros(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+    """Of these shapes, one after the other. A thread has the kernel clear their pages, so that no step waits for that.
     Raises OSError."""
     sizes = [prod(shape) for shape in shapes]
-    memory = _whole(_map(sum(sizes) * torch.float32.itemsize))
+    memory = _whole(_map(sum(sizes) * dtype.itemsize))
     if _LINUX and memory.nbytes > _POPULATED_AT_ONCE:
         Thread(target=_populate, args=(memory,), name="populate", daemon=True).start()
-    parts = memory.view(torch.float32).split(sizes)
+    parts = memory.view(dtype).split(sizes)
     return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 

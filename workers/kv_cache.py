@@ -31,10 +31,18 @@ class KVCache:
 
     def write(self, layer: int, key: Tensor, value: Tensor, cache_slots: Tensor) -> None:
         """Store key [T, kv_heads, key_dim] and value [T, kv_heads, value_dim] at cache_slots, int64 [T]."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, cache_slots, key)
-        self.values[layer].flatten(0, 1).index_copy_(0, cache_slots, value)
+        for cache, given in ((self.keys[layer], key), (self.values[layer], value)):
+            cache.flatten(0, 1).index_copy_(0, cache_slots, _narrowed(given, cache.dtype))
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Copy blocks, int64 [n] each, in every layer; all are read before any is written."""
         for blocks in (*self.keys, *self.values):
             blocks[targets] = blocks[sources]
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype, where what is too large for that becomes its largest number: infinity would make a softmax NaN."""
+    if tensor.dtype == dtype:
+        return tensor
+    limit = torch.finfo(dtype).max
+    return tensor.clamp(-limit, limit).to(dtype)

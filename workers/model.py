@@ -26,12 +26,14 @@ class ModelRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model that passed the checks, and what its attention layers were seen to ask for."""
+    """A model that passed the checks, and what its attention layers were seen to ask for. ``kv_dtype``: what keys and values are
+    held as."""
 
     module: PreTrainedModel
     path: Path
     layers: list[LayerShape]
     attributes: list[Attributes]
+    kv_dtype: torch.dtype
     max_model_len: int
     vocab_size: int
     hidden: HiddenStates
@@ -87,6 +89,7 @@ def adopt(module: PreTrainedModel, path: Path, max_model_len: int | None = None)
         path=path,
         layers=layers,
         attributes=attributes,
+        kv_dtype=module.dtype,
         max_model_len=min(longest, max_model_len or longest),
         vocab_size=config.vocab_size,
         hidden=hidden,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from workers.packed_layer import link_layers, packed_layer
 from workers.packed_mlp import packed_mlp
 
 #: torch's own layers, in whatever the model was loaded as.
-PLAIN = "plain"
+PLAIN: Final = "plain"
 #: Weights and activations of 8 bits.
 INT8 = "int8"
 

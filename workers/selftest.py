@@ -5,7 +5,7 @@ of such models, three sequences are computed in chunks that mix prefill with dec
 Where batches are to make no difference at all, they are computed in several more ways, and compared bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from workers.slots import Slots
 Chunks = Sequence[Sequence[int]]
 _CHUNKS: Chunks = ((10, 1, 7, 1, 4), (0, 9, 1, 1, 1), (3, 0, 8, 5, 1))
 
-#: Norm of the difference over the norm of the logits, by what activations are rounded to. Rounding alone gives about 1e-6 in
+#: Norm of the difference over the norm of the logits, by what numbers are rounded to. Rounding alone gives about 1e-6 in
 #: float32, 1e-2 in bfloat16; in int8 a last bit of float32 may move an input by a whole step, and layer by layer that grows to
 #: a few 1e-2.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.int8: 0.3}
@@ -45,9 +45,11 @@ def check(
     expected: list[Tensor],
     rounding: torch.dtype | None = None,
 ) -> None:
-    """Raises ModelRefused with the size of the difference when the two ways disagree; ``rounding``: as `compare` has it."""
+    """Raises ModelRefused with the size of the difference when the two ways disagree; ``rounding``: what activations are rounded
+    to, if not to the model's dtype."""
     ragged = _ragged(model, backend, block_size, _prompts(model), _CHUNKS)
-    compare(model, ragged, expected, "of a ragged batch", "it must hold state that isn't paged", rounding)
+    roundings = {model.kv_dtype, rounding or model.dtype}
+    compare(model, ragged, expected, "of a ragged batch", "it must hold state that isn't paged", roundings)
 
 
 def compare(
@@ -56,14 +58,14 @@ def compare(
     expected: list[Tensor],
     of: str,
     reason: str,
-    rounding: torch.dtype | None = None,
+    rounding: Collection[torch.dtype] = (),
 ) -> None:
     """Raises ModelRefused when logits ``of`` something are further from what is expected than rounding can explain.
 
-    ``rounding``: what activations are rounded to, if not to the model's dtype.
+    ``rounding``: to what numbers are rounded on the way, besides the model's dtype.
     """
     error = max(float((ours - plain).norm() / plain.norm()) for ours, plain in zip(logits, expected, strict=True))
-    tolerance = _TOLERANCE[rounding or model.dtype]
+    tolerance = max(_TOLERANCE[dtype] for dtype in (model.dtype, *rounding))
     if not error <= tolerance:
         raise ModelRefused(
             f"{model.module.config.model_type}: logits {of} differ from a plain forward by {error:.1e} "
@@ -118,7 +120,7 @@ def _ragged(
     """Logits of every token, when the prompts are cut into steps so."""
     per_sequence = -(-max(len(prompt) for prompt in prompts) // block_size)
     total = per_sequence * len(prompts)
-    backend = backend_class(model.layers, total, block_size, model.dtype, model.device)
+    backend = backend_class(model.layers, total, block_size, model.dtype, model.device, model.kv_dtype)
     slots = Slots(len(prompts), per_sequence, block_size, model.device)
     for slot, prompt in enumerate(prompts):
         slots.admit(Admission(slot, prompt.tolist(), Sampling(), len(prompt)))

@@ -120,17 +120,18 @@ def test_the_floor_of_decodes_looks_at_full_batches_only(files):
     _, model = files
     sizes = ("--prompt-tokens", "9", "--output-tokens", "40", "--vocab", "97", "--rounds", "1")
     figures = bench("floor", "--model", str(model), *sizes)
-    assert [batch["batch"] for batch in figures["batches"]] == [1, 4]
-    alone, full = figures["batches"]
-    assert alone["steps"] == 39, "all but the first token, which the prompt gives"
-    assert 1 < full["steps"] <= 39
+    of = [(batch["batch"], batch["kv_dtype"]) for batch in figures["batches"]]
+    assert of == [(1, "auto"), (1, "float16"), (4, "auto"), (4, "float16")]
+    steps = [batch["steps"] for batch in figures["batches"]]
+    assert steps[:2] == [39, 39], "all but the first token, which the prompt gives"
+    assert all(1 < each <= 39 for each in steps[2:])
     # Two layers, 32 wide, and the head; panels are padded and each has scales and biases.
     weights = 4 * (2 * 32 * (32 + 16 + 16 + 32 + 3 * 48) + 32 * 97)
     packed = tiny("llama")
     pack(packed, "float32")
     assert weights < figures["weight_bytes"]
     assert figures["weight_bytes"] == sum(each.nbytes for each in packed.modules() if isinstance(each, PackedLinear))
-    for batch in alone, full:
+    for batch in figures["batches"]:
         assert 0 < batch["floor_ratio"] < 1
         assert 0 < batch["bandwidth_ratio"] < 1
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+import torch
 from transformers import PreTrainedModel
 
 from protocol.plan import Sampling, Scored, StepResult
@@ -43,6 +44,7 @@ class LocalEngine:
         *,
         attention: str = "auto",
         weights: str = "auto",
+        kv_dtype: torch.dtype | None = None,
         running: int = 8,
         budget: int = 24,
         blocks: int = 64,
@@ -66,7 +68,7 @@ class LocalEngine:
             )
             if batch_invariant:
                 kind = one_by_one(kind)
-            return kind(model.layers, blocks, block_size, model.dtype, model.device)
+            return kind(model.layers, blocks, block_size, model.dtype, model.device, kv_dtype)
 
         model = adopt(module, Path())
         agree = None

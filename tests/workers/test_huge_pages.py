@@ -36,7 +36,7 @@ def test_a_copy_outlives_what_was_copied_beside_it():
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for it")
 def test_zeros_are_there_before_anybody_writes_them():
     before = resident()
-    first, second = huge_pages.zeros([(1 << 22, 4), (2, 3)])
+    first, second = huge_pages.zeros([(1 << 22, 4), (2, 3)], torch.float32)
     for thread in threading.enumerate():
         if thread.name == "populate":
             thread.join()

@@ -1,6 +1,6 @@
 """Decoder layers computed by one call: the same bits as by their modules, and only where that is what the model does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -38,7 +38,9 @@ class Sequences:
 
     def __post_init__(self) -> None:
         device = torch.device("cpu")
-        self.backend = CpuAttention(self.model.layers, SEQUENCES * BLOCKS, BLOCK_SIZE, torch.float32, device)
+        self.backend = CpuAttention(
+            self.model.layers, SEQUENCES * BLOCKS, BLOCK_SIZE, torch.float32, device, self.model.kv_dtype
+        )
         self.slots = Slots(SEQUENCES, BLOCKS, BLOCK_SIZE, device)
         draw = torch.Generator().manual_seed(1)
         for slot in range(SEQUENCES):
@@ -97,10 +99,11 @@ def calls(monkeypatch) -> list[PackedLayer]:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("weights", [str(format).removeprefix("torch.") for format in FORMATS])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-def test_the_same_bits_as_module_by_module_in_one_call(kind, weights, tmp_path, monkeypatch):
+def test_the_same_bits_as_module_by_module_in_one_call(kind, kv_dtype, weights, tmp_path, monkeypatch):
     """mistral has a sliding window, qwen2 biases."""
-    model = packed(tiny(kind, num_hidden_layers=3), tmp_path, weights)
+    model = replace(packed(tiny(kind, num_hidden_layers=3), tmp_path, weights), kv_dtype=kv_dtype)
     expected = module_by_module(model)
     called = calls(monkeypatch)
     for ours, theirs in zip(at_once(model), expected, strict=True):

@@ -32,14 +32,16 @@ def choose(
     *,
     block_size: int = 16,
     attributes: Sequence[Attributes] = (),
+    kv_dtype: torch.dtype | None = None,
 ) -> type[AttentionBackend]:
     """The backend class to build for a model; `auto` takes the device's own kernel, or the reference where it can't.
 
-    attributes: what the model's layers ask for (softcap, sinks), which not every kernel has.
+    attributes: what the model's layers ask for (softcap, sinks), which not every kernel has. kv_dtype: what keys and values are
+    to be held as, if not as the model's ``dtype``.
     Raises ValueError when a backend asked for by name cannot serve the model, with the reason.
     """
     backend = BACKENDS.get(device.type, ReferenceAttention) if name == "auto" else BACKENDS[name]
-    reason = backend.unsupported(layers, block_size, dtype, device, attributes)
+    reason = backend.unsupported(layers, block_size, dtype, device, attributes, kv_dtype)
     if reason is None:
         logger.info("attention backend %s on %s", backend.name, device)
         return backend

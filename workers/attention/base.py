@@ -60,7 +60,10 @@ class Attributes:
 
 
 class AttentionBackend(ABC):
-    """Causal attention over a paged KV cache that the backend owns and lays out as it likes."""
+    """Causal attention over a paged KV cache that the backend owns and lays out as it likes.
+
+    ``dtype``: of what it is given and gives; ``kv_dtype``: what it holds keys and values as, if that is another one.
+    """
 
     name: ClassVar[str]
     #: Whether a query's output is the same bits whatever else is in the batch and however its prompt was cut into chunks.
@@ -77,11 +80,13 @@ class AttentionBackend(ABC):
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
+        self.kv_dtype = kv_dtype or dtype
         self.device = device
         self.allocate()
 
@@ -113,6 +118,7 @@ class AttentionBackend(ABC):
         dtype: torch.dtype,
         device: torch.device,
         attributes: Sequence[Attributes] = (),
+        kv_dtype: torch.dtype | None = None,
     ) -> str | None:
         """The reason this backend cannot serve such a model here, or None when it can.
 
@@ -120,7 +126,7 @@ class AttentionBackend(ABC):
         """
 
     @staticmethod
-    def bytes_per_block(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
+    def bytes_per_block(layers: Sequence[LayerShape], block_size: int, kv_dtype: torch.dtype) -> int:
         """Bytes one block takes over all layers."""
         elements = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
-        return elements * block_size * dtype.itemsize
+        return elements * block_size * kv_dtype.itemsize

@@ -1,4 +1,4 @@
-"""CPU: our own float32 kernel, `paged_attention.cpp`, called once per layer through ctypes."""
+"""CPU: our own kernel, `paged_attention.cpp`, called once per layer through ctypes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ SOURCE = FOLDER / "paged_attention.cpp"
 # The kernel's vectors are 16 floats at most, and 8 where 16 does not divide a shape.
 LANES = 16
 MULTIPLE = 8
+#: What keys and values may be held as, and how the kernel is built for it.
+_BUILDS = {torch.float32: [], torch.float16: ["HALF"]}
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("cache", c_void_p),
-        *((name, c_int64) for name in ("query_heads", "kv_heads", "key_dim", "value_dim", "block_size")),
+        *((name, c_int64) for name in ("query_heads", "kv_heads", "key_dim", "value_dim", "block_size", "block_bytes")),
     )
 
 
@@ -73,16 +75,25 @@ class CpuAttention(AttentionBackend):
     batch_invariant = True
 
     def allocate(self) -> None:
-        self._kernel = _library(self.layers, self.block_size).paged_attention
+        self._kernel = _library(self.layers, self.block_size, self.kv_dtype).paged_attention
         self._kernel.argtypes, self._kernel.restype = (c_void_p, c_void_p, c_void_p), None
         #: For kernels that call it.
         self.kernel_address = address_of(self._kernel)
         self.cache = huge_pages.zeros(
-            [(self.num_blocks, s.kv_heads, (s.key_dim + s.value_dim) * self.block_size) for s in self.layers]
+            [(self.num_blocks, s.kv_heads, (s.key_dim + s.value_dim) * self.block_size) for s in self.layers],
+            self.kv_dtype,
         )
         self._layers = (_Layer * len(self.layers))(
             *(
-                _Layer(cache.data_ptr(), s.query_heads, s.kv_heads, s.key_dim, s.value_dim, self.block_size)
+                _Layer(
+                    cache.data_ptr(),
+                    s.query_heads,
+                    s.kv_heads,
+                    s.key_dim,
+                    s.value_dim,
+                    self.block_size,
+                    cache[0].nbytes,
+                )
                 for s, cache in zip(self.layers, self.cache, strict=True)
             )
         )
@@ -98,16 +109,19 @@ class CpuAttention(AttentionBackend):
         dtype: torch.dtype,
         device: torch.device,
         attributes: Sequence[Attributes] = (),
+        kv_dtype: torch.dtype | None = None,
     ) -> str | None:
         del attributes  # it has them all
         if device.type != "cpu":
             return f"the C++ kernel runs on the CPU, not on {device}"
         if dtype != torch.float32:
             return f"the C++ kernel computes in float32, not {dtype}"
+        if kv_dtype not in {None, *_BUILDS}:
+            return f"the C++ kernel holds keys and values in float32 or float16, not {kv_dtype}"
         if any(size % MULTIPLE for size in _sizes(layers, block_size)):
             return f"the C++ kernel wants block size and head dims in multiples of {MULTIPLE}"
         try:
-            _library(layers, block_size)
+            _library(layers, block_size, kv_dtype or dtype)
         except CompileError as error:
             return f"the C++ kernel could not be compiled: {error}"
         return None
@@ -173,9 +187,9 @@ def _sizes(layers: Sequence[LayerShape], block_size: int) -> set[int]:
     return {block_size, *(dim for shape in layers for dim in (shape.key_dim, shape.value_dim))}
 
 
-def _library(layers: Sequence[LayerShape], block_size: int) -> ctypes.CDLL:
+def _library(layers: Sequence[LayerShape], block_size: int, kv_dtype: torch.dtype) -> ctypes.CDLL:
     narrow = any(size % LANES for size in _sizes(layers, block_size))
-    return load_library(SOURCE, [f"LANES={MULTIPLE if narrow else LANES}"])
+    return load_library(SOURCE, [f"LANES={MULTIPLE if narrow else LANES}", *_BUILDS[kv_dtype]])
 
 
 def _strides(name: str, tensor: Tensor, shape: tuple[int, int, int]) -> dict[str, int]:

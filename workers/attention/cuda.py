@@ -35,12 +35,15 @@ class CudaAttention(AttentionBackend):
         dtype: torch.dtype,
         device: torch.device,
         attributes: Sequence[Attributes] = (),
+        kv_dtype: torch.dtype | None = None,
     ) -> str | None:
-        del block_size, dtype, attributes  # it has them all
+        del block_size, attributes  # it has them all
         if device.type != "cuda" or torch.version.cuda is None:
             return f"the Triton kernel needs a CUDA device, not {device}"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "the Triton kernel needs compute capability 8.0"
+        if kv_dtype not in {None, dtype}:
+            return f"the Triton kernel holds keys and values as it gets them, in {dtype}, not {kv_dtype}"
         if importlib.util.find_spec("triton") is None:
             return "Triton isn't installed"
         if any(max(shape.key_dim, shape.value_dim) > MAX_HEAD_DIM for shape in layers):

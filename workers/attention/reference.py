@@ -17,7 +17,7 @@ class ReferenceAttention(AttentionBackend):
     name = "reference"
 
     def allocate(self) -> None:
-        self.cache = KVCache(self.layers, self.num_blocks, self.block_size, self.dtype, self.device)
+        self.cache = KVCache(self.layers, self.num_blocks, self.block_size, self.kv_dtype, self.device)
 
     @classmethod
     def unsupported(
@@ -27,8 +27,9 @@ class ReferenceAttention(AttentionBackend):
         dtype: torch.dtype,
         device: torch.device,
         attributes: Sequence[Attributes] = (),
+        kv_dtype: torch.dtype | None = None,
     ) -> str | None:
-        del layers, block_size, dtype, device, attributes
+        del layers, block_size, dtype, device, attributes, kv_dtype
         return None
 
     def attend(

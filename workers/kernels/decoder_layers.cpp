@@ -55,17 +55,21 @@ namespace {
 // Of keys and values, at most: more costs the product what attention gains.
 constexpr int64_t FETCHED_BYTES = 8 << 20;
 
-// The first blocks, `most` at most, that attention reads for rows of one token. Those of more tokens keep it busy enough.
-std::vector<int32_t> read_first(const Batch &batch, const Layer &cache, const Call &call, int64_t most) {
+// Of the blocks that attention reads for rows of one token, `most` at most, at even distances: then it waits for memory all
+// the time, not only behind those. Rows of more tokens keep it busy enough.
+std::vector<int32_t> read_soon(const Batch &batch, const Layer &cache, const Call &call, int64_t most) {
     std::vector<int32_t> found;
-    for (int64_t row = 0; row < batch.rows && static_cast<int64_t>(found.size()) < most; ++row) {
+    for (int64_t row = 0; row < batch.rows; ++row) {
         if (batch.query_start[row + 1] - batch.query_start[row] != 1) continue;
         const int64_t length = batch.context_len[row];
         const int64_t unseen = call.sliding_window ? std::max<int64_t>(0, length - call.sliding_window) : 0;
         const int32_t *blocks = batch.block_table + row * batch.max_blocks;
         found.insert(found.end(), blocks + unseen / cache.block_size, blocks + (length - 1) / cache.block_size + 1);
     }
-    if (static_cast<int64_t>(found.size()) > most) found.resize(most);
+    const int64_t all = found.size();
+    if (all <= most) return found;
+    for (int64_t i = 0; i < most; ++i) found[i] = found[i * all / most];
+    found.resize(most);
     return found;
 }
 
@@ -81,11 +85,9 @@ void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step
                               const Upcoming *upcoming = nullptr) {
         kernels.multiply(by, from, tokens, residual, to, step.runs, upcoming, threads);
     };
-    const int64_t numbers = cache.kv_heads * cache.block_size * (cache.key_dim + cache.value_dim);
-    const int64_t bytes = numbers * static_cast<int64_t>(sizeof(float));
-    const std::vector<int32_t> blocks = read_first(*step.batch, cache, layer.attention, FETCHED_BYTES / bytes);
-    const Upcoming upcoming{reinterpret_cast<const char *>(cache.cache), blocks.data(),
-                            static_cast<int64_t>(blocks.size()), bytes};
+    const std::vector<int32_t> blocks = read_soon(*step.batch, cache, layer.attention, FETCHED_BYTES / cache.block_bytes);
+    const Upcoming upcoming{static_cast<const char *>(cache.cache), blocks.data(), static_cast<int64_t>(blocks.size()),
+                            cache.block_bytes};
 
     norm(x, layer.before_attention);
     multiply(layer.qkv, normed, nullptr, qkv, &upcoming);

@@ -1,4 +1,4 @@
-// Causal attention over a paged float32 KV cache: nothing is gathered, padded or expanded.
+// Causal attention over a paged KV cache, in float32 with keys and values in that or half precision: nothing is gathered, padded or expanded.
 //
 // A block holds, KV head by KV head, its keys as [key_dim, block_size] and then its values as [block_size, value_dim].
 // One vector holds one dimension of several keys, so a dot product needs no horizontal sum. Decoding is bound by memory,
@@ -30,6 +30,16 @@ constexpr int PANEL = 6;             // rows held in registers: 6 x 2 accumulato
 constexpr int CACHE_LINE = 64;
 constexpr float LOWEST = -1e30f;  // a finite stand-in for -inf: differences of two stay numbers
 
+// What the cache is of: built with -DHALF for half precision.
+#ifdef HALF
+typedef _Float16 Stored;
+constexpr float LARGEST = 65504;
+inline Stored narrowed(float x) { return static_cast<Stored>(std::clamp(x, -LARGEST, LARGEST)); }
+#else
+typedef float Stored;
+inline Stored narrowed(float x) { return x; }
+#endif
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Free {
@@ -42,7 +52,7 @@ Buffer allocate(int64_t floats) {
 }
 
 // What is wanted next goes to L2 only: many more lines can be on their way there than to L1.
-inline void fetch(const float *p) { __builtin_prefetch(p, 0, 2); }
+inline void fetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 // Tokens [first, first + count) of the batch, all of one row; the first sits at `position` in its sequence.
 struct Tile {
@@ -61,7 +71,7 @@ struct Piece {
 struct Span {
     int64_t first = 0;
     int count = 0;
-    const float *keys[MAX_CHUNK_BLOCKS], *values[MAX_CHUNK_BLOCKS];
+    const Stored *keys[MAX_CHUNK_BLOCKS], *values[MAX_CHUNK_BLOCKS];
     int64_t ahead[MAX_CHUNK_BLOCKS];
 };
 
@@ -83,19 +93,19 @@ struct Kernel {
 
     // ---- the cache ----
 
-    float *keys(int64_t block, int64_t head) const {
-        return layer.cache + (block * layer.kv_heads + head) * block_size * (layer.key_dim + layer.value_dim);
+    Stored *keys(int64_t block, int64_t head) const {
+        return static_cast<Stored *>(layer.cache) + (block * layer.kv_heads + head) * block_size * (layer.key_dim + layer.value_dim);
     }
-    float *values(int64_t block, int64_t head) const { return keys(block, head) + block_size * layer.key_dim; }
+    Stored *values(int64_t block, int64_t head) const { return keys(block, head) + block_size * layer.key_dim; }
 
     void write(int64_t token) const {
         const int64_t block = batch.cache_slots[token] / block_size, offset = batch.cache_slots[token] % block_size;
         for (int64_t h = 0; h < layer.kv_heads; ++h) {
             const float *key = call.key + token * call.key_token + h * call.key_head;
-            float *column = keys(block, h) + offset;
-            for (int64_t d = 0; d < layer.key_dim; ++d) column[d * block_size] = key[d];
-            std::memcpy(values(block, h) + offset * layer.value_dim,
-                        call.value + token * call.value_token + h * call.value_head, layer.value_dim * sizeof(float));
+            const float *value = call.value + token * call.value_token + h * call.value_head;
+            Stored *column = keys(block, h) + offset, *row = values(block, h) + offset * layer.value_dim;
+            for (int64_t d = 0; d < layer.key_dim; ++d) column[d * block_size] = narrowed(key[d]);
+            for (int64_t d = 0; d < layer.value_dim; ++d) row[d] = narrowed(value[d]);
         }
     }
 
@@ -107,7 +117,7 @@ struct Kernel {
         Span s;
         s.first = first * block_size - chunk * chunk_size;
         for (int64_t i = first; i * block_size < end; ++i, ++s.count) {
-            const float *read = values(blocks[i], head);
+            const Stored *read = values(blocks[i], head);
             s.keys[s.count] = keys(blocks[i], head);
             s.values[s.count] = read;
             s.ahead[s.count] = head + 1 < layer.kv_heads ? block_size * layer.value_dim
@@ -122,7 +132,7 @@ struct Kernel {
     // Scores of N vectors of keys from `key` on, chunk-relative.
     template <int R, int N>
     void dot(const float *const (&queries)[R], const Span &s, int64_t key, float *scores) const {
-        const float *keys[N];
+        const Stored *keys[N];
         for (int n = 0; n < N; ++n) {
             const int64_t at = key + n * W - s.first;
             keys[n] = s.keys[at / block_size] + at % block_size;
@@ -131,7 +141,7 @@ struct Kernel {
         for (int64_t d = 0; d < layer.key_dim; ++d) {
             F k[N];
             for (int n = 0; n < N; ++n) {
-                const float *key = keys[n] + d * block_size;
+                const Stored *key = keys[n] + d * block_size;
                 k[n] = load(key);
                 fetch(key + block_size * layer.key_dim);  // its values
             }
@@ -182,7 +192,7 @@ struct Kernel {
             for (int64_t c = std::max(visible, start); c < end; ++c) {
                 F v[N];
                 for (int n = 0; n < N; ++n) {
-                    const float *value = s.values[b] + (c - start) * layer.value_dim + column + n * W;
+                    const Stored *value = s.values[b] + (c - start) * layer.value_dim + column + n * W;
                     v[n] = load(value);
                     fetch(value + s.ahead[b]);
                 }

@@ -1,4 +1,4 @@
-// Causal attention over a paged float32 KV cache, as `paged_attention.cpp` takes it.
+// Causal attention over a paged KV cache, as `paged_attention.cpp` takes it.
 
 #pragma once
 
@@ -6,9 +6,10 @@
 
 extern "C" {
 
+// `block_bytes`: of a block's keys and values together.
 struct Layer {
-    float *cache;
-    int64_t query_heads, kv_heads, key_dim, value_dim, block_size;
+    void *cache;
+    int64_t query_heads, kv_heads, key_dim, value_dim, block_size, block_bytes;
 };
 
 struct Batch {

@@ -123,9 +123,9 @@ def cache_tensors(backend: AttentionBackend) -> list[Tensor]:
     return [*backend.cache.keys, *backend.cache.values]
 
 
-def fresh(backend: type[AttentionBackend], history: History) -> AttentionBackend:
+def fresh(backend: type[AttentionBackend], history: History, kv_dtype: torch.dtype = torch.float32) -> AttentionBackend:
     """A float32 CPU backend whose whole cache is NaN, so that a slot read before it is written shows."""
-    made = backend([history.shape], history.num_blocks, history.block_size, torch.float32, CPU)
+    made = backend([history.shape], history.num_blocks, history.block_size, torch.float32, CPU, kv_dtype)
     for tensor in cache_tensors(made):
         tensor.fill_(torch.nan)
     return made

@@ -33,6 +33,12 @@ def test_what_the_kernel_cannot_do_falls_to_the_reference_with_one_line(caplog, 
     assert [reason in record.getMessage() for record in caplog.records] == [True]
 
 
+def test_keys_and_values_may_be_held_in_half_precision(caplog):
+    assert choose("auto", CPU, torch.float32, LAYERS, kv_dtype=torch.float16) is CpuAttention
+    assert choose("auto", CPU, torch.float32, LAYERS, kv_dtype=torch.bfloat16) is ReferenceAttention
+    assert "float32 or float16, not torch.bfloat16" in caplog.text
+
+
 def test_without_a_compiler_the_reference_serves(caplog, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert choose("auto", CPU, torch.float32, LAYERS) is ReferenceAttention

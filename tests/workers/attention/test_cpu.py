@@ -14,6 +14,8 @@ from workers.attention.reference import ReferenceAttention
 
 SHAPE = LayerShape(query_heads=6, kv_heads=2, key_dim=64, value_dim=32)
 PLAIN = Attributes(scaling=0.125)
+#: Rounded to half precision, keys and values are the same for both backends.
+either_precision = pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float16])
 
 
 @pytest.fixture
@@ -24,45 +26,49 @@ def threads():
     torch.set_num_threads(before)
 
 
+@either_precision
 @settings(max_examples=150, deadline=None)
-@given(histories())
-def test_every_step_of_a_growing_history_equals_the_reference(history):
+@given(history=histories())
+def test_every_step_of_a_growing_history_equals_the_reference(kv_dtype, history):
     sequences = Sequences(history)
-    outputs = sequences.replay(fresh(CpuAttention, history))
-    expected = sequences.replay(fresh(ReferenceAttention, history))
+    outputs = sequences.replay(fresh(CpuAttention, history, kv_dtype))
+    expected = sequences.replay(fresh(ReferenceAttention, history, kv_dtype))
     for output, reference in zip(outputs, expected, strict=True):
         torch.testing.assert_close(output, reference, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", [CpuAttention, ReferenceAttention])
+@either_precision
 @settings(max_examples=20, deadline=None)
-@given(histories())
-def test_copied_blocks_hold_what_those_held_that_they_were_copied_from(backend, history):
-    stayed = Sequences(history).replay(fresh(backend, history))
-    moved = Sequences(history).replay(fresh(backend, history), moving=True)
+@given(history=histories())
+def test_copied_blocks_hold_what_those_held_that_they_were_copied_from(backend, kv_dtype, history):
+    stayed = Sequences(history).replay(fresh(backend, history, kv_dtype))
+    moved = Sequences(history).replay(fresh(backend, history, kv_dtype), moving=True)
     assert all(map(torch.equal, moved, stayed))
 
 
+@either_precision
 @settings(max_examples=60, deadline=None)
-@given(histories())
-def test_a_row_gets_the_same_bits_alone_and_in_one_prefill(history):
+@given(history=histories())
+def test_a_row_gets_the_same_bits_alone_and_in_one_prefill(kv_dtype, history):
     sequences = Sequences(history)
-    outputs = sequences.replay(fresh(CpuAttention, history))
+    outputs = sequences.replay(fresh(CpuAttention, history, kv_dtype))
     for row, output in enumerate(outputs):
         ends = history.lengths
-        alone = sequences.attend(fresh(CpuAttention, history), [0] * len(ends), ends, [row])[0]
+        alone = sequences.attend(fresh(CpuAttention, history, kv_dtype), [0] * len(ends), ends, [row])[0]
         assert torch.equal(output, alone)
 
 
+@either_precision
 @pytest.mark.parametrize("chunks", [[[300], [1]], [[700, 20], [1, 1], [30, 1]]])
-def test_a_row_gets_the_same_bits_on_any_number_of_threads(threads, chunks):
+def test_a_row_gets_the_same_bits_on_any_number_of_threads(threads, chunks, kv_dtype):
     # One thread never splits a context here, eight always do.
     history = History(SHAPE, 16, chunks, replace(PLAIN, sinks=torch.randn(SHAPE.query_heads)), seed=3)
     sequences = Sequences(history)
     outputs = []
     for count in (1, 8):
         threads(count)
-        outputs.append(torch.cat(sequences.replay(fresh(CpuAttention, history))))
+        outputs.append(torch.cat(sequences.replay(fresh(CpuAttention, history, kv_dtype))))
     assert torch.equal(*outputs)
 
 
@@ -90,6 +96,16 @@ def test_large_scores_neither_overflow_nor_vanish():
     [expected] = sequences.replay(fresh(ReferenceAttention, history))
     # Scores in the hundreds carry rounding of about 1e-4 into the exponent.
     torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_what_half_precision_has_no_number_for_becomes_its_largest():
+    history = History(SHAPE, 16, [[40]], PLAIN, seed=11)
+    sequences = Sequences(history)
+    sequences.key[0][3], sequences.value[0][5] = 1e6, -1e6
+    [output] = sequences.replay(fresh(CpuAttention, history, torch.float16))
+    [expected] = sequences.replay(fresh(ReferenceAttention, history, torch.float16))
+    assert output.isfinite().all()
+    torch.testing.assert_close(output, expected, atol=1e-2, rtol=1e-4)
 
 
 def test_layers_keep_apart_and_may_differ():
@@ -160,11 +176,12 @@ def test_tensors_that_the_kernel_would_misread_are_refused(key):
         attention.attend(0, torch.zeros(1, 6, 64), key, torch.zeros(1, 2, 32), one_row(0, 1), PLAIN)
 
 
-def test_a_block_takes_the_bytes_announced():
+@either_precision
+def test_a_block_takes_the_bytes_announced(kv_dtype):
     layers = [SHAPE, LayerShape(query_heads=3, kv_heads=1, key_dim=8, value_dim=40)]
     for kind in (CpuAttention, ReferenceAttention):
-        held = sum(tensor.nbytes for tensor in cache_tensors(kind(layers, 5, 16, torch.float32, CPU)))
-        assert held == 5 * kind.bytes_per_block(layers, 16, torch.float32)
+        held = sum(tensor.nbytes for tensor in cache_tensors(kind(layers, 5, 16, torch.float32, CPU, kv_dtype)))
+        assert held == 5 * kind.bytes_per_block(layers, 16, kv_dtype)
 
 
 def test_the_kernel_shares_torchs_openmp_runtime():
