@@ -53,6 +53,7 @@ PEERS: dict[str, Peer] = {
     OURS: Peer("**tokenbus**, float32", Ours("float32")),
     "ours-bfloat16": Peer("**tokenbus**, bfloat16 weights", Ours("bfloat16")),
     "ours-int8": Peer("**tokenbus**, int8 weights", Ours("int8")),
+    "ours-int8-kv16": Peer("**tokenbus**, int8 weights, float16 KV", Ours("int8", "float16")),
     "openvino": Peer("OpenVINO GenAI, float32 (float16 weights, float32 KV)", _openvino(_FLOAT32)),
     "openvino-default": Peer("OpenVINO GenAI, its defaults (float16 weights, 8-bit KV)", _openvino({}), "ours-int8"),
     "vllm": Peer("vLLM on the CPU, float32, eager", _vllm("no")),

@@ -10,7 +10,7 @@ from benchmarks import engine
 from benchmarks.peers.failure import PeerFailed
 from benchmarks.peers.job import Answer, Job, Output
 from benchmarks.workload import WorkItem, Workload, config
-from protocol.plan import WeightsName
+from protocol.plan import KVDtypeName, WeightsName
 from scheduler.worker import WorkerDied, WorkerRefused
 
 _STEP_TOKENS = 256
@@ -21,6 +21,7 @@ class Ours:
     """Batcher, loop and worker process, as the service has them; the worker's self-test is its warm-up."""
 
     weights: WeightsName
+    kv_dtype: KVDtypeName = "auto"
 
     def install(self) -> None:
         """It is."""
@@ -28,7 +29,10 @@ class Ours:
     def run(self, job: Job) -> Answer:
         """Raises PeerFailed."""
         worker = msgspec.structs.replace(
-            config(job.model, job.max_running, _STEP_TOKENS).worker(), weights=self.weights, threads=job.threads
+            config(job.model, job.max_running, _STEP_TOKENS).worker(),
+            weights=self.weights,
+            kv_dtype=self.kv_dtype,
+            threads=job.threads,
         )
         items = [WorkItem(item.id, item.prompt_token_ids, item.max_tokens) for item in job.items]
         try:
