@@ -1,8 +1,5 @@
 """Packed linear layers against torch's own, and the promise that a row's output doesn't depend on its company."""
 
-import platform
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import linear, silu
 
-from workers.kernels import compiler
+from tests.workers.machines import compile_for
 from workers.linear import FORMATS, INT8_MAX, PackedLinear, kernel
 
 SIZES = st.integers(1, 80)
@@ -108,9 +105,8 @@ def test_a_group_of_zeros_and_numbers_that_are_none_have_scales_too():
 def kernel_of(monkeypatch):
     """Has the kernel compiled for another CPU."""
 
-    def choose(machine: str) -> None:
-        flags = [f"-march={machine}" if flag.startswith("-march=") else flag for flag in compiler.FLAGS]
-        monkeypatch.setattr(compiler, "FLAGS", flags)
+    def choose(machine: str, needs: str) -> None:
+        compile_for(machine, needs, monkeypatch)
         kernel.cache_clear()
 
     yield choose
@@ -118,15 +114,12 @@ def kernel_of(monkeypatch):
     kernel.cache_clear()
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
 @pytest.mark.parametrize(("machine", "needs", "tolerance"), [("haswell", "avx2", 0), ("x86-64", "sse2", 1e-6)])
 def test_int8_does_not_depend_on_the_cpu(kernel_of, machine, needs, tolerance):
     """But for multiply-adds that are rounded twice where there are no fused ones."""
-    if needs not in Path("/proc/cpuinfo").read_text().split():
-        pytest.skip(f"no {needs}")
     gate, up, x = *(layer(603, 333, bias=True, seed=seed) for seed in (1, 2)), torch.randn(41, 603)
     expected = [PackedLinear(gate, torch.int8)(x), PackedLinear(gate, torch.int8, up=up)(x)]
-    kernel_of(machine)
+    kernel_of(machine, needs)
     found = [PackedLinear(gate, torch.int8)(x), PackedLinear(gate, torch.int8, up=up)(x)]
     for ours, theirs in zip(found, expected, strict=True):
         assert relative(ours, theirs) <= tolerance

@@ -55,8 +55,8 @@ namespace {
 // Of keys and values, at most: more costs the product what attention gains.
 constexpr int64_t FETCHED_BYTES = 8 << 20;
 
-// Of the blocks that attention reads for rows of one token, `most` at most, at even distances: then it waits for memory all
-// the time, not only behind those. Rows of more tokens keep it busy enough.
+// Of the blocks that attention reads for rows of one token, `most` at most, at even distances: so it doesn't first compute
+// without memory and then wait for it. Rows of more tokens keep it busy enough.
 std::vector<int32_t> read_soon(const Batch &batch, const Layer &cache, const Call &call, int64_t most) {
     std::vector<int32_t> found;
     for (int64_t row = 0; row < batch.rows; ++row) {

@@ -1,4 +1,5 @@
-// Causal attention over a paged KV cache, in float32 with keys and values in that or half precision: nothing is gathered, padded or expanded.
+// Causal attention over a paged KV cache, in float32: nothing is gathered, padded or expanded. Built with -DHALF, keys and values
+// are kept in half precision.
 //
 // A block holds, KV head by KV head, its keys as [key_dim, block_size] and then its values as [block_size, value_dim].
 // One vector holds one dimension of several keys, so a dot product needs no horizontal sum. Decoding is bound by memory,
@@ -18,6 +19,9 @@
 #include <memory>
 #include <vector>
 
+#ifdef HALF
+#include "half.h"
+#endif
 #include "paged_attention.h"
 #include "simd.h"
 
@@ -30,11 +34,8 @@ constexpr int PANEL = 6;             // rows held in registers: 6 x 2 accumulato
 constexpr int CACHE_LINE = 64;
 constexpr float LOWEST = -1e30f;  // a finite stand-in for -inf: differences of two stay numbers
 
-// What the cache is of: built with -DHALF for half precision.
 #ifdef HALF
-typedef _Float16 Stored;
-constexpr float LARGEST = 65504;
-inline Stored narrowed(float x) { return static_cast<Stored>(std::clamp(x, -LARGEST, LARGEST)); }
+typedef Half Stored;
 #else
 typedef float Stored;
 inline Stored narrowed(float x) { return x; }

@@ -6,10 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 namespace {
 
 constexpr float LOG2E = 1.44269504088896341f;
@@ -34,18 +30,6 @@ typedef float Unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias
 
 inline F load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 inline void store(float *p, F x) { *reinterpret_cast<Unaligned *>(p) = x; }
-
-// Numbers kept in half precision, widened exactly.
-inline F load(const _Float16 *p) {
-#if defined(__AVX512F__) && LANES == 16
-    return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
-#elif defined(__F16C__)
-    return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-#else
-    typedef _Float16 Halves __attribute__((vector_size(W * 2), aligned(2), may_alias));
-    return __builtin_convertvector(*reinterpret_cast<const Halves *>(p), F);
-#endif
-}
 
 inline F splat(float x) { return F{} + x; }
 inline F select(I mask, F yes, F no) { return (F)(((I)yes & mask) | ((I)no & ~mask)); }

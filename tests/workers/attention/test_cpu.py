@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from tests.workers.attention.histories import CPU, History, Sequences, cache_tensors, fresh, histories
+from tests.workers.machines import compile_for
 from workers.attention.base import Attributes, LayerShape, RaggedBatch
 from workers.attention.cpu import CpuAttention
 from workers.attention.reference import ReferenceAttention
@@ -96,6 +97,16 @@ def test_large_scores_neither_overflow_nor_vanish():
     [expected] = sequences.replay(fresh(ReferenceAttention, history))
     # Scores in the hundreds carry rounding of about 1e-4 into the exponent.
     torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("machine", "needs"), [("haswell", "avx2"), ("x86-64", "sse2")])
+def test_half_precision_is_the_same_on_other_cpus(monkeypatch, machine, needs):
+    history = History(SHAPE, 16, [[100, 7], [1, 30]], PLAIN, seed=13)
+    sequences = Sequences(history)
+    expected = sequences.replay(fresh(ReferenceAttention, history, torch.float16))
+    compile_for(machine, needs, monkeypatch)
+    for output, reference in zip(sequences.replay(fresh(CpuAttention, history, torch.float16)), expected, strict=True):
+        torch.testing.assert_close(output, reference, atol=1e-5, rtol=1e-5)
 
 
 def test_what_half_precision_has_no_number_for_becomes_its_largest():

@@ -1,0 +1,18 @@
+"""Kernels compiled for other CPUs than this one, of which it can do all that they do."""
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from workers.kernels import compiler
+
+
+def compile_for(machine: str, needs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on; ``needs``: one of the CPU's flags. Skips the test where that is missing."""
+    if platform.machine() != "x86_64":
+        pytest.skip("compiles for x86-64")
+    if needs not in Path("/proc/cpuinfo").read_text().split():
+        pytest.skip(f"no {needs}")
+    flags = [f"-march={machine}" if flag.startswith("-march=") else flag for flag in compiler.FLAGS]
+    monkeypatch.setattr(compiler, "FLAGS", flags)
