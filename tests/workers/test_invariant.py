@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from torch import nn
 from torch.nn import functional
 
-from protocol.plan import Sampling, WorkerConfig
+from protocol.plan import Sampling
+from tests.workers.configs import worker_config
 from tests.workers.adapters import adapt
 from tests.workers.attention.histories import Sequences, fresh, histories
 from tests.workers.engine import LocalEngine
@@ -95,37 +96,20 @@ def test_a_model_whose_layers_are_all_ours_is_exact_as_it_is(kind):
     selftest.check_invariant(model, CpuAttention, 8, 130)
 
 
-def config(model: Path, **settings) -> WorkerConfig:
-    return WorkerConfig(
-        **{
-            "model": str(model),
-            "dtype": "float32",
-            "device": "cpu",
-            "attention": "auto",
-            "threads": 1,
-            "block_size": 8,
-            "num_blocks": 32,
-            "kv_memory_mb": 1,
-            "max_running": 2,
-            "max_batch_tokens": 60,
-            "max_model_len": None,
-            "batch_invariant": True,
-            **settings,
-        }
-    )
-
-
 @pytest.mark.parametrize(
     "settings", [{"weights": "plain"}, {"dtype": "bfloat16"}, {"weights": "int8"}], ids=["plain", "bfloat16", "int8"]
 )
 def test_a_worker_starts_exact(tmp_path, settings):
-    start(config(save(tiny("llama", hidden_size=256), tmp_path), **settings), Ranks(1))
+    start(worker_config(save(tiny("llama", hidden_size=256), tmp_path), batch_invariant=True, **settings), Ranks(1))
 
 
 def test_what_can_not_be_proven_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("workers.__main__.fix_shapes", lambda _: None)
     with pytest.raises(ModelRefused, match="can't be served with batch_invariant"):
-        start(config(save(tiny("llama", hidden_size=256), tmp_path), weights="plain"), Ranks(1))
+        start(
+            worker_config(save(tiny("llama", hidden_size=256), tmp_path), batch_invariant=True, weights="plain"),
+            Ranks(1),
+        )
 
 
 @pytest.mark.parametrize(

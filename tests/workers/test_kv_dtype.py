@@ -1,9 +1,12 @@
 """Keys and values in half precision: twice as many fit, and all that is promised of a sequence holds."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from protocol.plan import Sampling, WorkerConfig
+from tests.workers.configs import worker_config
 from tests.workers.engine import LocalEngine, workload
 from tests.workers.models import save, tiny
 from workers.__main__ import start
@@ -13,23 +16,9 @@ from workers.ranks import Ranks
 TINY = {"hidden_size": 64, "num_hidden_layers": 2}
 
 
-def config(model, **settings) -> WorkerConfig:
-    return WorkerConfig(
-        **{
-            "model": str(model),
-            "dtype": "float32",
-            "device": "cpu",
-            "attention": "auto",
-            "threads": 1,
-            "block_size": 8,
-            "num_blocks": None,
-            "kv_memory_mb": 1,
-            "max_running": 64,
-            "max_batch_tokens": 60,
-            "max_model_len": None,
-            **settings,
-        }
-    )
+def config(model: Path, **settings) -> WorkerConfig:
+    """As many blocks as the memory holds."""
+    return worker_config(model, num_blocks=None, max_running=64, **settings)
 
 
 @pytest.mark.parametrize("attention", ["cpu", "reference"])

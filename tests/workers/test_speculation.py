@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from protocol.plan import Sampling, Verdict, WorkerConfig
+from protocol.plan import Sampling, Verdict
+from tests.workers.configs import worker_config
 from tests.workers.engine import LocalEngine, workload
 from tests.workers.models import generate, save, tiny
 from workers.__main__ import start
@@ -181,19 +182,6 @@ def test_a_stop_token_among_accepted_drafts_ends_the_text():
 def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path):
     model = save(tiny("llama"), tmp_path / "model")
     other = save(tiny("llama", vocab_size=50), tmp_path / "draft")
-    config = WorkerConfig(
-        model=str(model),
-        speculation=str(other),
-        dtype="float32",
-        device="cpu",
-        attention="auto",
-        threads=1,
-        block_size=8,
-        num_blocks=16,
-        kv_memory_mb=1,
-        max_running=2,
-        max_batch_tokens=16,
-        max_model_len=None,
-    )
+    config = worker_config(model, speculation=str(other))
     with pytest.raises(ModelRefused, match="has 50 tokens and the model 97"):
         start(config, Ranks(1))
