@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from protocol.plan import Sampling
-from tests.workers.configs import worker_config
 from tests.workers.adapters import adapt
 from tests.workers.attention.histories import Sequences, fresh, histories
+from tests.workers.configs import worker_config
 from tests.workers.engine import LocalEngine
 from tests.workers.models import SERVED, save, tiny
 from workers import selftest
