@@ -147,6 +147,12 @@ class ServiceProcess:
         _, page = await self.ask("/metrics")
         return totals(page)
 
+    async def has_accepted(self, count: int) -> None:
+        """Wait until so many requests have been."""
+        async with asyncio.timeout(30):
+            while (await self.metrics()).get("tokenbus_requests_accepted_total") != count:
+                await asyncio.sleep(0.02)
+
     async def settled(self) -> dict[str, float]:
         """Wait until nothing is under way; then all blocks are free and what was accepted is what has ended."""
         quiet = (

@@ -28,6 +28,7 @@ async def test_sigterm_drains_and_what_comes_meanwhile_is_served_by_the_next_sta
     ):
         asking = asyncio.create_task(ask([client], asked, on_chunk=begun.set), name="asking")
         await begun.wait()
+        await service.has_accepted(len(asked))
         assert await said(status) == "online"
         service.process.send_signal(signal.SIGTERM)
         assert await said(status) == "draining"
@@ -61,6 +62,7 @@ async def test_a_second_sigterm_or_the_deadline_leaves_the_rest_to_the_next_star
     ):
         asking = asyncio.create_task(ask([client], asked, on_chunk=begun.set), name="asking")
         await begun.wait()
+        await service.has_accepted(len(asked))
         service.process.send_signal(signal.SIGTERM)
         if how == "second signal":
             while (await service.checks())["accepting"]:
