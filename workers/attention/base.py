@@ -122,7 +122,7 @@ class AttentionBackend(ABC):
     ) -> str | None:
         """The reason this backend cannot serve such a model here, or None when it can.
 
-        attributes: what the model's layers will ask for, as far as known.
+        attributes: what the model's layers will ask for, as far as known. kv_dtype: as the constructor's.
         """
 
     @staticmethod

@@ -30,7 +30,6 @@ typedef float Unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias
 
 inline F load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 inline void store(float *p, F x) { *reinterpret_cast<Unaligned *>(p) = x; }
-
 inline F splat(float x) { return F{} + x; }
 inline F select(I mask, F yes, F no) { return (F)(((I)yes & mask) | ((I)no & ~mask)); }
 inline F max(F a, F b) { return select(a > b, a, b); }
