@@ -39,7 +39,9 @@ class FloorFigures(msgspec.Struct, frozen=True):
     batches: list[BatchFloor]
 
 
-class _Round(msgspec.Struct, frozen=True):
+class Round(msgspec.Struct, frozen=True):
+    """Those steps of one run, ``seconds`` of the worker's time together, and their bare products."""
+
     steps: int
     seconds: float
     bare: Bare
@@ -49,7 +51,7 @@ class _Round(msgspec.Struct, frozen=True):
         return self.seconds / self.steps
 
 
-def measure(worker: WorkerConfig, batch: int, prompt_tokens: int, output_tokens: int, vocab: int) -> _Round:
+def measure(worker: WorkerConfig, batch: int, prompt_tokens: int, output_tokens: int, vocab: int) -> Round:
     """One run of ``batch`` requests on a fresh worker. Raises ValueError when no step was decodes of them all."""
     workload = mixed(
         batch, prompt=(prompt_tokens, prompt_tokens), output=(output_tokens, output_tokens), seed=1, vocab=vocab
@@ -59,10 +61,11 @@ def measure(worker: WorkerConfig, batch: int, prompt_tokens: int, output_tokens:
     if not decodes:
         raise ValueError(f"in no step {batch} sequences decoded and nothing else happened; longer outputs are needed")
     times = asyncio.run(bare.time_bare(bare.Job(worker, [(batch, batch)] * len(decodes))))
-    return _Round(len(decodes), sum(report.seconds for report in decodes), times)
+    return Round(len(decodes), sum(report.seconds for report in decodes), times)
 
 
-def _batch(batch: int, kv_dtype: KVDtypeName, rounds: list[_Round]) -> BatchFloor:
+def summary(batch: int, kv_dtype: KVDtypeName, rounds: list[Round]) -> BatchFloor:
+    """Of at least one round."""
     return BatchFloor(
         batch=batch,
         kv_dtype=kv_dtype,
@@ -95,7 +98,7 @@ def main(
     values held in either way."""
     worker = msgspec.structs.replace(config(model, max_running, max_batch_tokens).worker(), weights=weights)
     kinds: tuple[KVDtypeName, ...] = get_args(KVDtypeName)
-    runs: dict[tuple[int, KVDtypeName], list[_Round]] = {
+    runs: dict[tuple[int, KVDtypeName], list[Round]] = {
         (batch, kind): [] for batch in (1, max_running) for kind in kinds
     }
     for _ in range(rounds):
@@ -108,7 +111,7 @@ def main(
         weights=weights,
         weight_bytes=times[0].weight_bytes,
         read_bytes_per_s=statistics.median(each.read_bytes_per_s for each in times),
-        batches=[_batch(batch, kind, done) for (batch, kind), done in runs.items()],
+        batches=[summary(batch, kind, done) for (batch, kind), done in runs.items()],
     )
     cli.show(figures, as_json)
 

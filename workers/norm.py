@@ -1,8 +1,11 @@
 """RMS normalisation in one pass, where transformers' own takes seven."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from workers import trial
 from workers.linear import kernel
 
 
@@ -15,12 +18,16 @@ class RMSNorm(nn.Module):
         self._kernel = kernel().rms_norm
 
     @property
+    def width(self) -> int:
+        return len(self._weight)
+
+    @property
     def weight_address(self) -> int:
         return self._weight.data_ptr()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 ``[..., width]``. Raises ValueError for anything else."""
-        width = len(self._weight)
+        width = self.width
         if x.dtype != torch.float32 or x.shape[-1] != width or x.device.type != "cpu":
             raise ValueError(f"expected float32 [..., {width}] on the CPU, got {x.dtype} {list(x.shape)}")
         x = x.contiguous()
@@ -35,3 +42,13 @@ class RMSNorm(nn.Module):
             torch.get_num_threads(),
         )
         return y
+
+
+def rms_norm(layer: Any) -> RMSNorm | None:
+    """One in the place of whatever is called an RMSNorm, and is one: some add 1 to their weight. Else None."""
+    epsilon = getattr(layer, "variance_epsilon", None) or getattr(layer, "eps", None)
+    weight = getattr(layer, "weight", None)
+    if not type(layer).__name__.endswith("RMSNorm") or epsilon is None or weight is None:
+        return None
+    ours = RMSNorm(weight, epsilon)
+    return ours if trial.stands_in(ours, layer, len(weight)) else None

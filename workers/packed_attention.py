@@ -13,7 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from workers import trial
 from workers.linear import PackedLinear
-from workers.rotary import rotate_
+from workers.norm import rms_norm
+from workers.rotary import Heads, rotate_
 
 #: Under this name a layer's attention function is ours for a trial.
 _TRIAL = "tokenbus_trial"
@@ -31,19 +32,21 @@ class _Call(NamedTuple):
 class PackedAttention(nn.Module):
     """As transformers' LlamaAttention: which attention function is called is the model's setting.
 
-    ``projection``: query, key and value, one below the other; ``given``: see `_Call`. Raises CompileError, or ValueError for
-    weights that can't be packed.
+    ``projection``: query, key and value, one below the other; ``turned``: the heads of queries and of keys; ``given``: see
+    `_Call`. Raises CompileError, or ValueError for weights that can't be packed.
     """
 
     #: The layers of the model that a product stands in for.
     merged: ClassVar = {"qkv": ("q_proj", "k_proj", "v_proj")}
 
-    def __init__(self, layer: Any, projection: nn.Linear, format: torch.dtype, given: dict[str, Any]) -> None:
+    def __init__(
+        self, layer: Any, projection: nn.Linear, format: torch.dtype, turned: tuple[Heads, Heads], given: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.config, self.layer_idx, self.head_dim = layer.config, layer.layer_idx, layer.head_dim
         # transformers' own attention functions look for these.
         self.num_key_value_groups, self.is_causal = layer.num_key_value_groups, layer.is_causal
-        self.heads = _heads(layer)
+        self.heads, self.turned = _heads(layer), turned
         self.qkv = PackedLinear(projection, format, widths=[count * self.head_dim for count in self.heads])
         self.o_proj = PackedLinear(layer.o_proj, format)
         self.given = given
@@ -58,7 +61,7 @@ class PackedAttention(nn.Module):
         **more: Any,
     ) -> tuple[Tensor, Any]:
         """hidden_states ``[1, T, width]``, position_embeddings two of ``[1, T, head_dim]`` -> ``[1, T, width]``, weights."""
-        query, key, value = _turned(self.qkv(hidden_states), self.heads, position_embeddings)
+        query, key, value = _split(self.qkv(hidden_states), self.heads, self.turned, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation  # noqa: SLF001 - as in every layer of transformers
@@ -80,13 +83,13 @@ def packed_attention(format: torch.dtype, layer: Any) -> PackedAttention | None:
             output, _ = layer(hidden_states=x, position_embeddings=(cos, sin), attention_mask=None)
     except (TypeError, RuntimeError):
         return None  # it takes other arguments, or embeddings of another size
-    projection = _stacked(projections[:3])
-    ours = _turned(projection(x), _heads(layer), (cos, sin))
+    projection, turned = _stacked(projections[:3]), _turned(layer)
+    ours = _split(projection(x), _heads(layer), turned, (cos, sin))
     (theirs,) = calls
     pairs = [*zip(ours, theirs[:3], strict=True), (layer.o_proj(ours[0].transpose(1, 2).flatten(2)), output)]
     if not all(trial.agree(mine, expected) for mine, expected in pairs):
         return None
-    return PackedAttention(layer, projection, format, theirs.given)
+    return PackedAttention(layer, projection, format, turned, theirs.given)
 
 
 @contextmanager
@@ -115,6 +118,17 @@ def _heads(layer: Any) -> list[int]:
     return [projection.out_features // layer.head_dim for projection in (layer.q_proj, layer.k_proj, layer.v_proj)]
 
 
+def _turned(layer: Any) -> tuple[Heads, Heads]:
+    """The heads of queries and keys, with the norms that some models have over each."""
+    queries, keys, _ = _heads(layer)
+    return _normed(queries, layer, "q_norm"), _normed(keys, layer, "k_norm")
+
+
+def _normed(count: int, layer: Any, name: str) -> Heads:
+    norm = rms_norm(getattr(layer, name, None))
+    return Heads.of(count, norm if norm and norm.width == layer.head_dim else None)
+
+
 def _stacked(linears: list[nn.Linear]) -> nn.Linear:
     """One layer whose outputs are theirs, one after the other."""
     stacked = nn.Linear(linears[0].in_features, sum(each.out_features for each in linears), device="meta")
@@ -125,7 +139,9 @@ def _stacked(linears: list[nn.Linear]) -> nn.Linear:
     return stacked
 
 
-def _turned(qkv: Tensor, heads: list[int], embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _split(
+    qkv: Tensor, heads: list[int], turned: tuple[Heads, Heads], embeddings: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Query, key and value, each a view ``[1, heads, T, head_dim]`` of the product, once all but the values are turned."""
-    rotate_(qkv, heads[0] + heads[1], *embeddings)
+    rotate_(qkv, *turned, *embeddings)
     return qkv.unflatten(2, (sum(heads), -1)).transpose(1, 2).split(heads, dim=1)

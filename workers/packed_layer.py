@@ -28,6 +28,7 @@ from workers.linear import kernel as products
 from workers.norm import RMSNorm
 from workers.packed_attention import PackedAttention, observed
 from workers.packed_mlp import PackedMLP
+from workers.rotary import Heads
 from workers.rotary import kernel as rotary
 
 SOURCE = FOLDER / "decoder_layers.cpp"
@@ -45,7 +46,8 @@ class _DecoderLayer(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("qkv", "output", "gate_up", "down")),
         *((name, _Norm) for name in ("before_attention", "before_mlp")),
-        *((name, c_int64) for name in ("index", "heads", "head_dim")),
+        *((name, c_int64) for name in ("index", "head_dim")),
+        *((name, Heads) for name in ("queries", "keys")),
         ("attention", Call),
         ("next", c_void_p),
     )
@@ -77,8 +79,8 @@ class PackedLayer(nn.Module):
             *(product.address for product in self.products),
             *(_Norm(norm.weight_address, norm.epsilon) for norm in norms),
             attention.layer_idx,
-            attention.heads[0] + attention.heads[1],
             attention.head_dim,
+            *attention.turned,
             self._call,
         )
         self._address, self._kernels = ctypes.addressof(self._layer), kernels

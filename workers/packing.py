@@ -12,10 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from protocol.plan import WeightsName
-from workers import trial
 from workers.kernels.compiler import CompileError
 from workers.linear import PackedLinear, kernel, unsupported
-from workers.norm import RMSNorm
+from workers.norm import rms_norm
 from workers.packed_attention import packed_attention
 from workers.packed_layer import link_layers, packed_layer
 from workers.packed_mlp import packed_mlp
@@ -80,10 +79,4 @@ def _packed_linear(format: torch.dtype, layer: nn.Module) -> nn.Module | None:
 
 
 def _norm(_: torch.dtype, layer: nn.Module) -> nn.Module | None:
-    """Whatever is called an RMSNorm, and is one: some add 1 to their weight."""
-    epsilon = getattr(layer, "variance_epsilon", None) or getattr(layer, "eps", None)
-    weight = getattr(layer, "weight", None)
-    if not type(layer).__name__.endswith("RMSNorm") or epsilon is None or weight is None:
-        return None
-    ours = RMSNorm(weight, epsilon)
-    return ours if trial.stands_in(ours, layer, len(weight)) else None
+    return rms_norm(layer)

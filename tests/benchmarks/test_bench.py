@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks import determinism, engine_text, report, startup, startup_parts
+from benchmarks import determinism, engine_text, floor, report, startup, startup_parts
+from benchmarks.bare import Bare
 from benchmarks.blocks import BlocksFigures
 from benchmarks.determinism import ConditionFigures, DeterminismFigures, WayFigures
 from benchmarks.fairness import FairnessFigures
@@ -113,7 +114,16 @@ def test_adapters_runs_every_way(files):
 def test_the_floor_is_part_of_the_steps(files):
     workload, model = files
     figures = bench("engine", "--workload", str(workload), "--model", str(model), "--weights", "int8", "--floor")
-    assert 0 < figures["floor_ratio"] < 1
+    assert figures["floor_ratio"] > 0
+
+
+def test_the_floor_is_a_share_of_the_steps_time():
+    """Medians of the rounds' own shares: a round is compared to the products that were timed beside it."""
+    times = [Bare(products_s=products, weight_bytes=30, read_bytes_per_s=10) for products in (1.0, 9.0, 6.0)]
+    rounds = [floor.Round(steps=steps, seconds=12, bare=each) for steps, each in zip((2, 1, 3), times, strict=True)]
+    assert floor.summary(4, "auto", rounds) == floor.BatchFloor(
+        batch=4, kv_dtype="auto", steps=6, step_s=6, floor_ratio=0.5, bandwidth_ratio=0.5
+    )
 
 
 def test_the_floor_of_decodes_looks_at_full_batches_only(files):
@@ -132,8 +142,8 @@ def test_the_floor_of_decodes_looks_at_full_batches_only(files):
     assert weights < figures["weight_bytes"]
     assert figures["weight_bytes"] == sum(each.nbytes for each in packed.modules() if isinstance(each, PackedLinear))
     for batch in figures["batches"]:
-        assert 0 < batch["floor_ratio"] < 1
-        assert 0 < batch["bandwidth_ratio"] < 1
+        assert batch["floor_ratio"] > 0
+        assert batch["bandwidth_ratio"] > 0
 
 
 def test_slow_reader_measures_both_ways(served):

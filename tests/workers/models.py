@@ -69,6 +69,9 @@ def tiny(kind: str, **overrides) -> PreTrainedModel:
     config = AutoConfig.for_model(kind, **{**_COMMON, **features, **overrides})
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):  # all ones, as they begin, would hide which is whose
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     if kind == "gpt_oss":  # transformers leaves these uninitialised or zero
         for name, parameter in model.named_parameters():
             if "sinks" in name or "experts" in name or "router" in name:

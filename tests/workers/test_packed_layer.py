@@ -100,9 +100,9 @@ def calls(monkeypatch) -> list[PackedLayer]:
 @torch.inference_mode()
 @pytest.mark.parametrize("weights", [str(format).removeprefix("torch.") for format in FORMATS])
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_the_same_bits_as_module_by_module_in_one_call(kind, kv_dtype, weights, tmp_path, monkeypatch):
-    """mistral has a sliding window, qwen2 biases."""
+    """mistral has a sliding window, qwen2 biases; qwen3 normalises its queries and keys."""
     model = replace(packed(tiny(kind, num_hidden_layers=3), tmp_path, weights), kv_dtype=kv_dtype)
     expected = module_by_module(model)
     called = calls(monkeypatch)
@@ -111,7 +111,7 @@ def test_the_same_bits_as_module_by_module_in_one_call(kind, kv_dtype, weights, 
     assert called == [layers(model)[0]] * len(CHUNKS)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "phi3", "gpt_oss", "olmo2"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gemma2", "phi3", "gpt_oss", "olmo2"])
 def test_layers_of_other_parts_stay(kind, tmp_path):
     assert not layers(packed(tiny(kind), tmp_path))
 

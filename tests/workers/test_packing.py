@@ -12,11 +12,11 @@ from tests.workers.engine import LocalEngine, workload
 from tests.workers.models import SERVED, generate, tiny
 from workers import packing
 from workers.linear import PackedLinear
-from workers.norm import RMSNorm
+from workers.norm import RMSNorm, rms_norm
 from workers.packed_attention import PackedAttention
 from workers.packed_mlp import PackedMLP
 from workers.packing import pack
-from workers.rotary import rotate_
+from workers.rotary import Heads, rotate_
 
 
 def kinds(module: nn.Module) -> set[type]:
@@ -41,13 +41,13 @@ def test_llama_is_fused():
 
 
 def test_what_only_looks_alike_is_not_fused():
-    """gemma2's gate is a GELU, and its norm adds 1 to its weight; qwen3 normalises its queries and keys."""
-    gemma, qwen = tiny("gemma2"), tiny("qwen3")
+    """gemma2's gate is a GELU, and its norm adds 1 to its weight; olmo2 normalises its queries and keys over all heads."""
+    gemma, olmo = tiny("gemma2"), tiny("olmo2")
     pack(gemma, "float32")
-    pack(qwen, "float32")
+    pack(olmo, "float32")
     assert not {PackedMLP, RMSNorm} & kinds(gemma)
-    assert PackedAttention not in kinds(qwen)
-    assert PackedLinear in kinds(gemma) & kinds(qwen)
+    assert PackedAttention not in kinds(olmo)
+    assert PackedLinear in kinds(gemma) & kinds(olmo)
 
 
 def test_an_attention_layer_hands_on_all_that_it_did():
@@ -63,19 +63,32 @@ def test_an_attention_layer_hands_on_all_that_it_did():
         assert layer.given["sliding_window"] == before.sliding_window
 
 
+@torch.inference_mode()
 @pytest.mark.parametrize("tokens", [1, 3, 400])
 @pytest.mark.parametrize("dim", [2, 64, 90])
-def test_heads_are_turned_as_transformers_does(tokens, dim):
-    """In place, and only the first ones."""
-    heads, width = 5, 7 * dim + 3
+@pytest.mark.parametrize("normed", [False, True])
+def test_heads_are_turned_as_transformers_does(tokens, dim, normed):
+    """In place, and only the first ones; what is normalised before is each head, by its own kind's weight."""
+    counts, width = (3, 2), 7 * dim + 3
     x, cos, sin = torch.randn(1, tokens, width), torch.randn(1, tokens, dim), torch.randn(1, tokens, dim)
+    norms = [nn.RMSNorm(dim, eps=1e-3) if normed else nn.Identity() for _ in counts]
+    for parameter in (each for norm in norms for each in norm.parameters()):
+        nn.init.normal_(parameter)
+    queries, keys = (Heads.of(*each) for each in zip(counts, map(rms_norm, norms), strict=True))
     before = x.clone()
-    rotate_(x, heads, cos, sin)
-    split = before[..., : heads * dim].view(1, tokens, heads, dim).transpose(1, 2)
-    expected, _ = apply_rotary_pos_emb(split, split, cos, sin)
-    torch.testing.assert_close(x[..., : heads * dim], expected.transpose(1, 2).flatten(2))
-    assert torch.equal(x[..., heads * dim :], before[..., heads * dim :])
-    for wrong in ((x.double(), heads, cos, sin), (x, 9, cos, sin), (x, heads, cos[:, 1:], sin)):
+    rotate_(x, queries, keys, cos, sin)
+    split = before[..., : 5 * dim].view(1, tokens, 5, dim).split(counts, dim=2)
+    normalised = [norm(part).transpose(1, 2) for norm, part in zip(norms, split, strict=True)]
+    expected = torch.cat(apply_rotary_pos_emb(*normalised, cos, sin), dim=1)
+    torch.testing.assert_close(x[..., : 5 * dim], expected.transpose(1, 2).flatten(2))
+    assert torch.equal(x[..., 5 * dim :], before[..., 5 * dim :])
+    other = Heads.of(2, RMSNorm(torch.ones(dim + 2), 1e-3))
+    for wrong in (
+        (x.double(), queries, keys, cos, sin),
+        (x, queries, Heads.of(6), cos, sin),
+        (x, queries, keys, cos[:, 1:], sin),
+        (x, queries, other, cos, sin),
+    ):
         with pytest.raises(ValueError, match="don't fit"):
             rotate_(*wrong)
 

@@ -3,6 +3,7 @@
 //     h = x + output(attention(rotary(qkv(norm(x)))))
 //     y = h + down(gate_up(norm(h)))
 //
+// where queries and keys may be normalised before they are turned.
 // They call the other files' kernels, by address, in the order in which the layers' own modules would: the same bits, and
 // nothing between two kernels but the way back from a function.
 
@@ -28,12 +29,13 @@ struct Norm {
     float epsilon;
 };
 
-// `heads` are those that are turned: of queries and keys. `attention`: all but the addresses that a step brings. `next` gets
-// what this one gives, and nothing else is done between them; null after the last one.
+// `attention`: all but the addresses that a step brings. `next` gets what this one gives, and nothing else is done between them;
+// null after the last one.
 struct DecoderLayer {
     const Linear *qkv, *output, *gate_up, *down;
     Norm before_attention, before_mlp;
-    int64_t index, heads, head_dim;
+    int64_t index, head_dim;
+    Heads queries, keys;
     Call attention;
     const DecoderLayer *next;
 };
@@ -91,7 +93,7 @@ void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step
 
     norm(x, layer.before_attention);
     multiply(layer.qkv, normed, nullptr, qkv, &upcoming);
-    kernels.rotate(qkv, tokens, layer.qkv->out, layer.heads, layer.head_dim, step.cos, step.sin, threads);
+    kernels.rotate(qkv, tokens, layer.qkv->out, &layer.queries, &layer.keys, layer.head_dim, step.cos, step.sin, threads);
     Call call = layer.attention;
     call.query = qkv;
     call.key = qkv + cache.query_heads * layer.head_dim;

@@ -14,6 +14,7 @@
 #include "int8.h"
 #include "linear.h"
 #include "lora.h"
+#include "norm.h"
 #include "simd.h"
 #include "tiles.h"
 
@@ -199,19 +200,7 @@ extern "C" void rms_norm(const float *x, int64_t rows, int64_t width, const floa
                          int64_t threads) {
     if (rows * width <= ALONE / 8) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
-        const float *from = x + r * width;
-        float *to = y + r * width;
-        F squares[4] = {};
-        int64_t i = 0;
-        for (; i + 4 * W <= width; i += 4 * W) {
-            for (int n = 0; n < 4; ++n) squares[n] += load(from + i + n * W) * load(from + i + n * W);
-        }
-        float sum = reduce_add(squares[0] + squares[1] + squares[2] + squares[3]);
-        for (; i < width; ++i) sum += from[i] * from[i];
-        const float scale = 1 / std::sqrt(sum / width + epsilon);
-        for (i = 0; i < width; ++i) to[i] = weight[i] * (from[i] * scale);
-    }
+    for (int64_t r = 0; r < rows; ++r) normalise(x + r * width, width, weight, epsilon, y + r * width);
 }
 
 extern "C" void linear(const Linear *linear, const float *x, int64_t rows, const float *residual, float *y,
