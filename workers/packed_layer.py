@@ -10,12 +10,10 @@ import ctypes
 from collections.abc import Iterator
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workers import trial
 from workers.attention.base import RaggedBatch
@@ -101,10 +99,11 @@ class PackedLayer(nn.Module):
         **more: Any,
     ) -> Tensor:
         """hidden_states ``[1, T, width]``, position_embeddings two of ``[1, T, head_dim]`` -> ``[1, T, width]``."""
-        step = under_way()
-        if past_key_values is None and isinstance(step, PagedStep) and isinstance(step.backend, CpuAttention):
+        at_once = step_at_once()
+        if past_key_values is None and at_once is not None:
+            step, backend = at_once
             if not (self._follows and hidden_states is step.ahead):
-                step.ahead = self._from_here(hidden_states, position_embeddings, step.backend, step.batch)
+                step.ahead = self._from_here(hidden_states, position_embeddings, backend, step.batch)
             return step.ahead
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
@@ -161,6 +160,14 @@ class PackedLayer(nn.Module):
         return Call.asking(attributes_of(dim, **self.self_attn.given), **strides)
 
 
+def step_at_once() -> tuple[PagedStep, CpuAttention] | None:
+    """The step under way, and its attention if that is such that whole layers are computed by one call."""
+    step = under_way()
+    if isinstance(step, PagedStep) and isinstance(step.backend, CpuAttention):
+        return step, step.backend
+    return None
+
+
 def packed_layer(_: torch.dtype, layer: Any) -> PackedLayer | None:
     """One in the place of a layer whose parts are packed, and which does just this with them on random tokens; else None."""
     parts = dict(layer.named_children())
@@ -184,29 +191,6 @@ def packed_layer(_: torch.dtype, layer: Any) -> PackedLayer | None:
     except (TypeError, RuntimeError):
         return None  # it takes other arguments
     return ours if isinstance(expected, Tensor) and trial.agree(found, expected) else None
-
-
-def link_layers(module: PreTrainedModel) -> None:
-    """Have layers computed together where one gets what the one before gave, and its embeddings, in a trial of two tokens."""
-    layers = [layer for layer in module.modules() if isinstance(layer, PackedLayer)]
-    if not layers:
-        return
-    calls: list[tuple[PackedLayer, Tensor, object, Tensor]] = []
-
-    def hear(layer: PackedLayer, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-        x = given[0] if given else named["hidden_states"]
-        calls.append((layer, x, named.get("position_embeddings"), output))
-
-    hooks = [layer.register_forward_hook(hear, with_kwargs=True) for layer in layers]
-    with observed(layers[0].self_attn):
-        module(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    if [layer for layer, *_ in calls] != layers:
-        return
-    for (before, _, turned, output), (after, x, turned_too, _) in pairwise(calls):
-        if x is output and turned is turned_too is not None:
-            before.link(after)
 
 
 @cache

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from protocol.plan import WeightsName
 from workers.kernels.compiler import CompileError
 from workers.linear import PackedLinear, kernel, unsupported
+from workers.linked_layers import link_layers
 from workers.norm import rms_norm
 from workers.packed_attention import packed_attention
-from workers.packed_layer import link_layers, packed_layer
+from workers.packed_layer import packed_layer
 from workers.packed_mlp import packed_mlp
 
 #: torch's own layers, in whatever the model was loaded as.

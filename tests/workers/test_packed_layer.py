@@ -12,6 +12,7 @@ from workers.attention.cpu import CpuAttention
 from workers.bridge import NAME, PagedStep, attending
 from workers.forward import forward
 from workers.linear import FORMATS
+from workers.linked_layers import LinkedLayers
 from workers.model import Model, adopt
 from workers.packed_attention import PackedAttention
 from workers.packed_layer import PackedLayer
@@ -109,6 +110,24 @@ def test_the_same_bits_as_module_by_module_in_one_call(kind, kv_dtype, weights, 
     for ours, theirs in zip(at_once(model), expected, strict=True):
         assert torch.equal(ours, theirs)
     assert called == [layers(model)[0]] * len(CHUNKS)
+
+
+@torch.inference_mode()
+def test_only_the_first_of_linked_layers_is_called_in_a_step(tmp_path):
+    model = packed(tiny("llama", num_hidden_layers=3), tmp_path)
+    linked, passed = model.module.model.layers, []
+    assert type(linked) is LinkedLayers
+    for layer in linked:
+        layer.register_forward_hook(lambda layer, *_: passed.append(layer.self_attn.layer_idx))
+    run = Sequences(model)
+    inputs = run.steps()[0]
+    forward(model.module, run.backend, inputs)
+    assert passed == [0]
+    with attending(PagedStep(run.backend, inputs.batch)):
+        assert len(linked[:2]) == len(linked[1:]) == 2, "some are not all"
+    passed.clear()
+    module_by_module(model)
+    assert passed == [0, 1, 2] * len(CHUNKS)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gemma2", "phi3", "gpt_oss", "olmo2"])
