@@ -25,6 +25,7 @@ from workers.drafts import Drafter, NGram
 from workers.grammar import Grammars
 from workers.invariant import fix_shapes, one_by_one
 from workers.lora import AdapterRefused, Adapters
+from workers.memory import available
 from workers.model import Model, ModelRefused, load
 from workers.packing import INT8, pack
 from workers.ranks import Ranks
@@ -58,7 +59,7 @@ def serve(config: plan.WorkerConfig, ranks: Ranks, requests: BinaryIO, replies: 
     """Answer frames until the scheduler closes the pipe."""
     try:
         runner, info = start(config, ranks)
-    except (ModelRefused, AdapterRefused, WeightsError, ValueError, OSError) as error:
+    except (ModelRefused, AdapterRefused, WeightsError, ValueError, OSError, torch.OutOfMemoryError) as error:
         ranks.forget()
         _write(replies, plan.StartFailure(str(error)))
         return
@@ -107,6 +108,8 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
     per_block = sum(AttentionBackend.bytes_per_block(each.layers, config.block_size, each.kv_dtype) for each in models)
     longest = min(each.max_model_len for each in models)
     num_blocks = _num_blocks(config, per_block, longest)
+    if device.type == "cpu":
+        _check_memory(num_blocks * per_block * ranks.count)
     backend = kind(model.layers, num_blocks, config.block_size, model.dtype, device, model.kv_dtype)
     expected = selftest.expect(model)
     rounding = None
@@ -242,6 +245,16 @@ def _num_blocks(config: plan.WorkerConfig, per_block: int, longest: int) -> int:
     if not fitting:
         raise ValueError(f"kv_memory_mb = {config.kv_memory_mb} holds no block of {per_block} bytes")
     return min(fitting, config.max_running * -(-longest // config.block_size))
+
+
+def _check_memory(needed: int) -> None:
+    """Raises ValueError where so many bytes of keys and values don't fit: who takes more than there is, is killed."""
+    left = available()
+    if needed > left:
+        raise ValueError(
+            f"{needed >> 20} MiB of keys and values don't fit into the {left >> 20} MiB of memory that are left: "
+            "lower engine.num_blocks or engine.kv_memory_mb"
+        )
 
 
 def _resolve_device(device: str, ranks: Ranks) -> str:
