@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import gelu, pad, silu
 
 from workers import huge_pages
 from workers.kernels import FOLDER
@@ -20,6 +20,15 @@ SOURCE = FOLDER / "linear.cpp"
 
 #: What a weight can be packed as, in the order of the kernel's table.
 FORMATS = (torch.float32, torch.bfloat16, torch.int8)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The GELU that is made with tanh."""
+    return gelu(x, approximate="tanh")
+
+
+#: What a gate can be made with, in the order of the kernel's, of which the first is that there is none.
+GATES: tuple[Callable[[Tensor], Tensor], ...] = (silu, gelu_tanh)
 INT8_MAX = 127
 #: Inputs of an output feature that share a word, and what is added to their weights, which are unsigned so.
 INT8_INPUTS, INT8_ZERO = 4, 128
@@ -28,7 +37,7 @@ INT8_INPUTS, INT8_ZERO = 4, 128
 class _Linear(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "scale", "bias", "adapters")),
-        *((name, c_int64) for name in ("in_features", "out_features", "format", "gated")),
+        *((name, c_int64) for name in ("in_features", "out_features", "format", "gate")),
     )
 
 
@@ -59,10 +68,11 @@ class PackedLinear(nn.Module):
         format: torch.dtype = torch.float32,
         *,
         up: nn.Linear | None = None,
+        gate: Callable[[Tensor], Tensor] = silu,
         widths: Sequence[int] = (),
     ) -> None:
-        """With ``up`` the output is ``silu(linear(x)) * up(x)``. ``widths``: of the layers whose outputs follow each other in
-        ``linear``'s, if there are several."""
+        """With ``up`` the output is ``gate(linear(x)) * up(x)``, with one of the `GATES`. ``widths``: of the layers whose outputs
+        follow each other in ``linear``'s, if there are several."""
         super().__init__()
         self.gated = up is not None
         self.widths = tuple(widths) or tuple(each.out_features for each in (linear, up) if each is not None)
@@ -81,9 +91,8 @@ class PackedLinear(nn.Module):
         # Plain attributes, not buffers: the kernel is handed their addresses, so nobody may move them.
         self._tensors = (_panels(weight, columns), scale, bias)
         addresses = (tensor.data_ptr() for tensor in self._tensors)
-        self._linear = _Linear(
-            *addresses, None, self.in_features, self.out_features, FORMATS.index(format), gated=int(self.gated)
-        )
+        self._linear = _Linear(*addresses, None, self.in_features, self.out_features, FORMATS.index(format))
+        self._linear.gate = 1 + GATES.index(gate) if self.gated else 0
 
     @property
     def address(self) -> int:
@@ -130,7 +139,7 @@ def kernel() -> ctypes.CDLL:
     library.linear.argtypes = (c_void_p, c_void_p, c_int64, *(c_void_p,) * 4, c_int64)
     library.linear.restype = None
     library.group_rows.argtypes, library.group_rows.restype = (c_void_p, c_int64, c_void_p, c_void_p), c_int64
-    library.rms_norm.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p, c_int64)
+    library.rms_norm.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p, c_void_p, c_int64)
     library.rms_norm.restype = None
     library.panel_columns.argtypes, library.panel_columns.restype = (), c_int64
     return library

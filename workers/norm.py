@@ -10,7 +10,7 @@ from workers.linear import kernel
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / sqrt(mean(x^2) + epsilon)`` for float32 on the CPU. Raises CompileError."""
+    """``weight * x / sqrt(mean(x^2) + epsilon)``, and what is added to it, for float32 on the CPU. Raises CompileError."""
 
     def __init__(self, weight: Tensor, epsilon: float) -> None:
         super().__init__()
@@ -25,12 +25,14 @@ class RMSNorm(nn.Module):
     def weight_address(self) -> int:
         return self._weight.data_ptr()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float32 ``[..., width]``. Raises ValueError for anything else."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x and what is added: float32 ``[..., width]``. Raises ValueError for anything else."""
         width = self.width
-        if x.dtype != torch.float32 or x.shape[-1] != width or x.device.type != "cpu":
-            raise ValueError(f"expected float32 [..., {width}] on the CPU, got {x.dtype} {list(x.shape)}")
+        for given in (x,) if residual is None else (x, residual):
+            if given.dtype != torch.float32 or given.shape != (*x.shape[:-1], width) or given.device.type != "cpu":
+                raise ValueError(f"expected float32 [..., {width}] on the CPU, got {given.dtype} {list(given.shape)}")
         x = x.contiguous()
+        residual = None if residual is None else residual.contiguous()
         y = torch.empty_like(x)
         self._kernel(
             x.data_ptr(),
@@ -38,6 +40,7 @@ class RMSNorm(nn.Module):
             width,
             self._weight.data_ptr(),
             self.epsilon,
+            None if residual is None else residual.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),
         )
@@ -45,10 +48,13 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(layer: Any) -> RMSNorm | None:
-    """One in the place of whatever is called an RMSNorm, and is one: some add 1 to their weight. Else None."""
+    """One in the place of whatever is called an RMSNorm, and is one, though some add 1 to their weight; else None."""
     epsilon = getattr(layer, "variance_epsilon", None) or getattr(layer, "eps", None)
     weight = getattr(layer, "weight", None)
     if not type(layer).__name__.endswith("RMSNorm") or epsilon is None or weight is None:
         return None
-    ours = RMSNorm(weight, epsilon)
-    return ours if trial.stands_in(ours, layer, len(weight)) else None
+    for factor in (weight, 1 + weight):
+        ours = RMSNorm(factor, epsilon)
+        if trial.stands_in(ours, layer, len(weight)):
+            return ours
+    return None

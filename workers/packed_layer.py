@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Iterator
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from workers.rotary import Heads
 from workers.rotary import kernel as rotary
 
 SOURCE = FOLDER / "decoder_layers.cpp"
+#: Of a layer, besides its norms.
+_PARTS = {"self_attn": PackedAttention, "mlp": PackedMLP}
 
 
 class _Kernels(ctypes.Structure):
@@ -40,10 +42,23 @@ class _Norm(ctypes.Structure):
     _fields_ = (("weight", c_void_p), ("epsilon", c_float))
 
 
+class Norms(NamedTuple):
+    """What each is called in a layer; there may be none behind its parts, where what they give is added to their input."""
+
+    before_attention: str
+    after_attention: str | None
+    before_mlp: str
+    after_mlp: str | None
+
+
+LLAMA = Norms("input_layernorm", None, "post_attention_layernorm", None)
+GEMMA = Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
 class _DecoderLayer(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("qkv", "output", "gate_up", "down")),
-        *((name, _Norm) for name in ("before_attention", "before_mlp")),
+        *((name, _Norm) for name in Norms._fields),
         *((name, c_int64) for name in ("index", "head_dim")),
         *((name, Heads) for name in ("queries", "keys")),
         ("attention", Call),
@@ -60,22 +75,22 @@ class _Step(ctypes.Structure):
 
 
 class PackedLayer(nn.Module):
-    """As transformers' LlamaDecoderLayer, and with its names. Raises CompileError."""
+    """As transformers' LlamaDecoderLayer or Gemma3DecoderLayer, and with its names. Raises CompileError."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, norms: Norms) -> None:
         super().__init__()
         self.self_attn: PackedAttention = layer.self_attn
         self.mlp: PackedMLP = layer.mlp
-        self.input_layernorm: RMSNorm = layer.input_layernorm
-        self.post_attention_layernorm: RMSNorm = layer.post_attention_layernorm
+        for name in filter(None, norms):
+            setattr(self, name, getattr(layer, name))
+        self._norms = norms
         attention, mlp, kernels = self.self_attn, self.mlp, _library()
         self.products: tuple[Any, ...] = (attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj)
-        norms = (self.input_layernorm, self.post_attention_layernorm)
         # It holds what the copy of it in the layer has the address of.
         self._call = self._asked()
         self._layer = _DecoderLayer(
             *(product.address for product in self.products),
-            *(_Norm(norm.weight_address, norm.epsilon) for norm in norms),
+            *(_Norm(norm.weight_address, norm.epsilon) if norm else _Norm() for norm in self.norms()),
             attention.layer_idx,
             attention.head_dim,
             *attention.turned,
@@ -105,14 +120,19 @@ class PackedLayer(nn.Module):
             if not (self._follows and hidden_states is step.ahead):
                 step.ahead = self._from_here(hidden_states, position_embeddings, backend, step.batch)
             return step.ahead
+        before_attention, after_attention, before_mlp, after_mlp = self.norms()
         attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
+            hidden_states=before_attention(hidden_states),
             position_embeddings=position_embeddings,
             past_key_values=past_key_values,
             **more,
         )
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = _added(attended, after_attention, hidden_states)
+        return _added(self.mlp(before_mlp(hidden_states)), after_mlp, hidden_states)
+
+    def norms(self) -> tuple[Any, ...]:
+        """Its own, in the order of `Norms`; None for those that it hasn't got."""
+        return tuple(name and getattr(self, name) for name in self._norms)
 
     def _from_here(
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], backend: CpuAttention, batch: RaggedBatch
@@ -160,6 +180,19 @@ class PackedLayer(nn.Module):
         return Call.asking(attributes_of(dim, **self.self_attn.given), **strides)
 
 
+def _norms(layer: nn.Module) -> Norms | None:
+    """What a layer calls them that consists of packed parts and norms of these names; else None."""
+    kinds = {name: type(part) for name, part in layer.named_children()}
+    for norms in (LLAMA, GEMMA):
+        if kinds == _PARTS | dict.fromkeys(filter(None, norms), RMSNorm):
+            return norms
+    return None
+
+
+def _added(x: Tensor, norm: RMSNorm | None, residual: Tensor) -> Tensor:
+    return residual + x if norm is None else norm(x, residual)
+
+
 def step_at_once() -> tuple[PagedStep, CpuAttention] | None:
     """The step under way, and its attention if that is such that whole layers are computed by one call."""
     step = under_way()
@@ -170,18 +203,12 @@ def step_at_once() -> tuple[PagedStep, CpuAttention] | None:
 
 def packed_layer(_: torch.dtype, layer: Any) -> PackedLayer | None:
     """One in the place of a layer whose parts are packed, and which does just this with them on random tokens; else None."""
-    parts = dict(layer.named_children())
-    kinds = {
-        "self_attn": PackedAttention,
-        "mlp": PackedMLP,
-        "input_layernorm": RMSNorm,
-        "post_attention_layernorm": RMSNorm,
-    }
-    if {name: type(part) for name, part in parts.items()} != kinds:
+    norms = _norms(layer)
+    if norms is None:
         return None
     if not all(type(part) is PackedLinear for part in (layer.self_attn.o_proj, layer.mlp.down_proj)):
         return None
-    ours = PackedLayer(layer)
+    ours = PackedLayer(layer, norms)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1, trial.ROWS, layer.self_attn.qkv.in_features, generator=draw)
     embeddings = tuple(torch.randn(2, 1, trial.ROWS, layer.self_attn.head_dim, generator=draw))

@@ -24,6 +24,8 @@ _COMMON = {
     "tie_word_embeddings": False,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+#: What has more norms than one before each part.
+_NORMS = {"qwen3", "qwen3_moe", "gemma2", "gemma3_text", "olmo2"}
 _LOCAL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
 
 SERVED: dict[str, dict] = {
@@ -69,9 +71,10 @@ def tiny(kind: str, **overrides) -> PreTrainedModel:
     config = AutoConfig.for_model(kind, **{**_COMMON, **features, **overrides})
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):  # all ones, as they begin, would hide which is whose
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    if kind in _NORMS:  # all the same, as they begin, would hide which is whose
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.data += torch.empty_like(parameter).uniform_(-0.5, 0.5)
     if kind == "gpt_oss":  # transformers leaves these uninitialised or zero
         for name, parameter in model.named_parameters():
             if "sinks" in name or "experts" in name or "router" in name:

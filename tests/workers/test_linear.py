@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import linear, silu
 
 from tests.workers.machines import compile_for
-from workers.linear import FORMATS, INT8_MAX, PackedLinear, kernel
+from workers.linear import FORMATS, GATES, INT8_MAX, PackedLinear, kernel
 
 SIZES = st.integers(1, 80)
 #: Inputs of a row that share a scale.
@@ -170,15 +170,23 @@ def test_layers_that_do_not_fit_are_refused():
 
 
 @settings(max_examples=100, deadline=None)
-@given(rows=st.integers(1, 70), inputs=SIZES, outputs=SIZES, bias=st.booleans(), seed=st.integers(0, 99))
-def test_a_gated_layer_is_silu_times_up(rows, inputs, outputs, bias, seed):
+@given(
+    rows=st.integers(1, 70),
+    inputs=SIZES,
+    outputs=SIZES,
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+    through=st.sampled_from(GATES),
+)
+def test_a_gated_layer_is_the_gate_times_up(rows, inputs, outputs, bias, seed, through):
     gate, up = (layer(inputs, outputs, bias=bias, seed=seed + shift) for shift in (0, 1))
     x = torch.randn(rows, inputs) * 4
-    assert relative(PackedLinear(gate, up=up)(x), silu(gate(x)) * up(x)) < 1e-5
+    assert relative(PackedLinear(gate, up=up, gate=through)(x), through(gate(x)) * up(x)) < 1e-5
 
 
-def test_gates_far_from_zero_are_open_or_shut():
+@pytest.mark.parametrize("through", GATES)
+def test_gates_far_from_zero_are_open_or_shut(through):
     gate, up = layer(1, 1, bias=False, seed=1), layer(1, 1, bias=False, seed=1)
     gate.weight[:], up.weight[:] = 1, 1
     x = torch.tensor([[-1e30], [-200.0], [0.0], [200.0], [1e18]])
-    torch.testing.assert_close(PackedLinear(gate, up=up)(x), silu(x) * x)
+    torch.testing.assert_close(PackedLinear(gate, up=up, gate=through)(x), through(x) * x)

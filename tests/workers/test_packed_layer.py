@@ -101,10 +101,11 @@ def calls(monkeypatch) -> list[PackedLayer]:
 @torch.inference_mode()
 @pytest.mark.parametrize("weights", [str(format).removeprefix("torch.") for format in FORMATS])
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
 def test_the_same_bits_as_module_by_module_in_one_call(kind, kv_dtype, weights, tmp_path, monkeypatch):
-    """mistral has a sliding window, qwen2 biases; qwen3 normalises its queries and keys."""
-    model = replace(packed(tiny(kind, num_hidden_layers=3), tmp_path, weights), kv_dtype=kv_dtype)
+    """mistral has a sliding window, qwen2 biases; qwen3 normalises its queries and keys, gemma2 what its parts give, too."""
+    features = {"gemma2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}}.get(kind, {})
+    model = replace(packed(tiny(kind, num_hidden_layers=3, **features), tmp_path, weights), kv_dtype=kv_dtype)
     expected = module_by_module(model)
     called = calls(monkeypatch)
     for ours, theirs in zip(at_once(model), expected, strict=True):
@@ -130,7 +131,7 @@ def test_only_the_first_of_linked_layers_is_called_in_a_step(tmp_path):
     assert passed == [0, 1, 2] * len(CHUNKS)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gemma2", "phi3", "gpt_oss", "olmo2"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "phi3", "gpt_oss", "olmo2"])
 def test_layers_of_other_parts_stay(kind, tmp_path):
     assert not layers(packed(tiny(kind), tmp_path))
 
@@ -141,6 +142,19 @@ def test_a_layer_that_adds_less_than_its_parts_give_stays(tmp_path):
     assert PackedAttention in {type(layer) for layer in scaled.module.modules()}
     assert not layers(scaled)
     assert len(layers(plain)) == 2
+
+
+@torch.inference_mode()
+def test_layers_with_other_rotary_embeddings_are_calls_of_their_own(tmp_path, monkeypatch):
+    """gemma3 turns the heads of its local layers by others."""
+    kinds = [*["sliding_attention"] * 2, *["full_attention"] * 2, "sliding_attention"]
+    model = packed(tiny("gemma3_text", num_hidden_layers=len(kinds), layer_types=kinds), tmp_path)
+    expected = module_by_module(model)
+    called = calls(monkeypatch)
+    for ours, theirs in zip(at_once(model), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    ours = layers(model)
+    assert called == [ours[0], ours[2], ours[4]] * len(CHUNKS)
 
 
 class Between(nn.Module):

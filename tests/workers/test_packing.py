@@ -14,6 +14,7 @@ from workers import packing
 from workers.linear import PackedLinear
 from workers.norm import RMSNorm, rms_norm
 from workers.packed_attention import PackedAttention
+from workers.packed_layer import PackedLayer
 from workers.packed_mlp import PackedMLP
 from workers.packing import pack
 from workers.rotary import Heads, rotate_
@@ -34,18 +35,21 @@ def test_no_linear_layer_is_left_and_the_logits_stay(kind):
         torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_llama_is_fused():
-    model = tiny("llama")
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3_text"])
+def test_all_parts_are_fused(kind):
+    """Gates of SiLU or of GELU, norms that add 1 to their weight, queries and keys that are normalised."""
+    model = tiny(kind)
     pack(model, "float32")
-    assert {PackedAttention, PackedMLP, RMSNorm, PackedLinear} <= kinds(model)
+    assert {PackedAttention, PackedMLP, RMSNorm, PackedLinear, PackedLayer} <= kinds(model)
+    assert not [each for each in kinds(model) if each.__name__.endswith("RMSNorm") and each is not RMSNorm]
 
 
 def test_what_only_looks_alike_is_not_fused():
-    """gemma2's gate is a GELU, and its norm adds 1 to its weight; olmo2 normalises its queries and keys over all heads."""
-    gemma, olmo = tiny("gemma2"), tiny("olmo2")
+    """This gate is the exact GELU; olmo2 normalises its queries and keys over all heads."""
+    gemma, olmo = tiny("gemma2", hidden_activation="gelu"), tiny("olmo2")
     pack(gemma, "float32")
     pack(olmo, "float32")
-    assert not {PackedMLP, RMSNorm} & kinds(gemma)
+    assert not {PackedMLP, PackedLayer} & kinds(gemma)
     assert PackedAttention not in kinds(olmo)
     assert PackedLinear in kinds(gemma) & kinds(olmo)
 
@@ -97,9 +101,12 @@ def test_a_norm_is_torchs_rms_norm():
     norm = nn.RMSNorm(45, eps=1e-3)
     nn.init.normal_(norm.weight)
     x = torch.randn(7, 45)
-    torch.testing.assert_close(RMSNorm(norm.weight, 1e-3)(x), norm(x).detach())
-    with pytest.raises(ValueError, match=r"expected float32 \[\.\.\., 45\]"):
-        RMSNorm(norm.weight, 1e-3)(x.double())
+    ours, residual = RMSNorm(norm.weight, 1e-3), torch.randn(45, 7).T
+    torch.testing.assert_close(ours(x), norm(x).detach())
+    torch.testing.assert_close(ours(x, residual), residual + norm(x).detach())
+    for wrong in ((x.double(),), (x[:, 1:],), (x, residual[1:]), (x, residual.double())):
+        with pytest.raises(ValueError, match=r"expected float32 \[\.\.\., 45\]"):
+            ours(*wrong)
 
 
 def test_weights_are_freed_and_a_tied_embedding_keeps_its_own():

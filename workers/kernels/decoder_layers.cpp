@@ -1,9 +1,9 @@
 // Decoder layers over a ragged batch, for the many models whose layers are
 //
-//     h = x + output(attention(rotary(qkv(norm(x)))))
-//     y = h + down(gate_up(norm(h)))
+//     h = x + norm(output(attention(rotary(norm(qkv(norm(x)))))))
+//     y = h + norm(down(gate_up(norm(h))))
 //
-// where queries and keys may be normalised before they are turned.
+// where the norms behind the parts, and those of queries and keys, may be missing.
 // They call the other files' kernels, by address, in the order in which the layers' own modules would: the same bits, and
 // nothing between two kernels but the way back from a function.
 
@@ -24,6 +24,7 @@ struct Kernels {
     decltype(paged_attention) *attend;
 };
 
+// `weight`: null where there is none.
 struct Norm {
     const float *weight;
     float epsilon;
@@ -33,7 +34,7 @@ struct Norm {
 // null after the last one.
 struct DecoderLayer {
     const Linear *qkv, *output, *gate_up, *down;
-    Norm before_attention, before_mlp;
+    Norm before_attention, after_attention, before_mlp, after_mlp;
     int64_t index, head_dim;
     Heads queries, keys;
     Call attention;
@@ -80,18 +81,23 @@ void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step
     const int64_t tokens = step.tokens, width = layer.qkv->in, threads = step.threads;
     const Layer &cache = step.caches[layer.index];
     float *normed = step.scratch, *qkv = normed + tokens * width, *attended = qkv + tokens * layer.qkv->out;
-    const auto norm = [&](const float *from, const Norm &by) {
-        kernels.norm(from, tokens, width, by.weight, by.epsilon, normed, threads);
+    const auto norm = [&](const float *from, const Norm &by, const float *residual, float *to) {
+        kernels.norm(from, tokens, width, by.weight, by.epsilon, residual, to, threads);
     };
     const auto multiply = [&](const Linear *by, const float *from, const float *residual, float *to,
                               const Upcoming *upcoming = nullptr) {
         kernels.multiply(by, from, tokens, residual, to, step.runs, upcoming, threads);
     };
+    const auto add = [&](const Linear *by, const float *from, const Norm &after, const float *residual, float *to) {
+        if (!after.weight) return multiply(by, from, residual, to);
+        multiply(by, from, nullptr, normed);
+        norm(normed, after, residual, to);
+    };
     const std::vector<int32_t> blocks = read_soon(*step.batch, cache, layer.attention, FETCHED_BYTES / cache.block_bytes);
     const Upcoming upcoming{static_cast<const char *>(cache.cache), blocks.data(), static_cast<int64_t>(blocks.size()),
                             cache.block_bytes};
 
-    norm(x, layer.before_attention);
+    norm(x, layer.before_attention, nullptr, normed);
     multiply(layer.qkv, normed, nullptr, qkv, &upcoming);
     kernels.rotate(qkv, tokens, layer.qkv->out, &layer.queries, &layer.keys, layer.head_dim, step.cos, step.sin, threads);
     Call call = layer.attention;
@@ -101,13 +107,13 @@ void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step
     call.output = attended;
     call.threads = threads;
     kernels.attend(&cache, step.batch, &call);
-    multiply(layer.output, attended, x, y);
+    add(layer.output, attended, layer.after_attention, x, y);
 
     // Queries, keys and values are done with.
     float *inner = qkv;
-    norm(y, layer.before_mlp);
+    norm(y, layer.before_mlp, nullptr, normed);
     multiply(layer.gate_up, normed, nullptr, inner);
-    multiply(layer.down, inner, y, y);
+    add(layer.down, inner, layer.after_mlp, y, y);
 }
 }
 

@@ -122,10 +122,11 @@ void multiply_panel(const RoundedRows &x, const char *panel, Ahead ahead, F (&su
     }
 }
 
-// x / (1 + e^-x)
-F silu(F x) {
-    const F e = exp2(select(x < 0, x, -x) * LOG2E);
-    return x * select(x < 0, e, splat(1)) / (1 + e);
+// x / (1 + e^-z), where z is x for SiLU, and for the GELU that is made with tanh twice what that is of.
+F through(F x, Gate gate) {
+    const F z = gate == GELU_TANH ? x * (1.5957691216f + 0.0713548163f * x * x) : x;
+    const F e = exp2(select(z < 0, z, -z) * LOG2E);
+    return x * select(z < 0, e, splat(1)) / (1 + e);
 }
 
 // R rows of x times panel p, which lies at `panel`, and what is `added` [R][COLUMNS], if anything is, into y.
@@ -133,7 +134,7 @@ template <class Format, int R, class X>
 void tile(const Linear &linear, const X &x, const char *panel, int64_t p, const float *added, const Output &y, Ahead ahead) {
     F sum[R][2] = {};
     multiply_panel<Format>(x, panel, ahead, sum);
-    const int64_t width = linear.gated ? W : COLUMNS, column = p * width;
+    const int64_t width = linear.gate ? W : COLUMNS, column = p * width;
     const int64_t room = std::min(width, linear.out - column);
     for (int r = 0; r < R; ++r) {
         for (int i = 0; i < 2; ++i) {
@@ -141,7 +142,7 @@ void tile(const Linear &linear, const X &x, const char *panel, int64_t p, const 
             sum[r][i] = sum[r][i] * load(linear.scale + at) + load(linear.bias + at);
             if (added) sum[r][i] += load(added + r * COLUMNS + i * W);
         }
-        if (linear.gated) sum[r][0] = silu(sum[r][0]) * sum[r][1];
+        if (linear.gate) sum[r][0] = through(sum[r][0], linear.gate) * sum[r][1];
         y.write(r, column, room, sum[r]);
     }
 }
@@ -172,7 +173,7 @@ void pass(const Linear &linear, const X &x, int64_t rows, const char *panel, int
 template <class Format, class X>
 void multiply(const Linear &linear, const X &x, int64_t rows, const LowRank *adapted, const Output &y,
               const Upcoming &upcoming, int64_t threads) {
-    const int64_t panels = ceil_div(linear.out, linear.gated ? W : COLUMNS), chunks = ceil_div(rows, CHUNK_ROWS);
+    const int64_t panels = ceil_div(linear.out, linear.gate ? W : COLUMNS), chunks = ceil_div(rows, CHUNK_ROWS);
     const int64_t bytes = x.pieces * Format::BYTES;
 #pragma omp parallel num_threads(threads)
     {
@@ -196,11 +197,12 @@ void multiply(const Linear &linear, const X &x, int64_t rows, const LowRank *ada
 
 extern "C" int64_t panel_columns() { return COLUMNS; }
 
-extern "C" void rms_norm(const float *x, int64_t rows, int64_t width, const float *weight, float epsilon, float *y,
-                         int64_t threads) {
+extern "C" void rms_norm(const float *x, int64_t rows, int64_t width, const float *weight, float epsilon,
+                         const float *residual, float *y, int64_t threads) {
     if (rows * width <= ALONE / 8) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; ++r) normalise(x + r * width, width, weight, epsilon, y + r * width);
+    for (int64_t r = 0; r < rows; ++r)
+        normalise(x + r * width, width, weight, epsilon, residual ? residual + r * width : nullptr, y + r * width);
 }
 
 extern "C" void linear(const Linear *linear, const float *x, int64_t rows, const float *residual, float *y,

@@ -26,7 +26,7 @@ extern "C" void rotary(float *x, int64_t tokens, int64_t stride, const Heads *qu
         float *head = x + t * stride;
         for (const Heads *heads : {queries, keys})
             for (int64_t h = 0; h < heads->count; ++h, head += dim) {
-                if (heads->weight) normalise(head, dim, heads->weight, heads->epsilon, head);
+                if (heads->weight) normalise(head, dim, heads->weight, heads->epsilon, nullptr, head);
                 turn(head, dim / 2, cos + t * dim, sin + t * dim);
             }
     }
