@@ -24,13 +24,13 @@ from rich.table import Table
 
 from benchmarks import cli, live
 from benchmarks.live import serving
-from benchmarks.serve import Percentiles
 from protocol.client import Client
 from protocol.request import Request
 from scheduler.config import Config, EngineConfig, LimitsConfig, ModelConfig
 from scheduler.core.fairness import FairQueue, service_gap_bound
 from scheduler.core.policies import PolicyName
 from scheduler.service import Service
+from scheduler.simulation.figures import Percentiles
 
 _POLICIES: tuple[PolicyName, ...] = ("fair", "chunked")
 _SLOW, _FAST = "slow", "fast"

@@ -13,11 +13,12 @@ import msgspec
 
 from benchmarks import cli, live
 from benchmarks.live import serving
-from benchmarks.serve import Percentiles, ask, ask_all
+from benchmarks.serve import ask, ask_all
 from benchmarks.workload import WorkItem, Workload
 from protocol.client import Client
 from scheduler.config import Config, EngineConfig, ModelConfig
 from scheduler.service import Service
+from scheduler.simulation.figures import Percentiles
 
 _BLOCK_SIZE = 16
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import statistics
 import time
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
@@ -17,19 +16,7 @@ from benchmarks.workload import WorkItem, Workload, config, load
 from protocol.client import Client
 from protocol.request import Request
 from scheduler.config import OFF, Config, JournalConfig
-
-
-class Percentiles(msgspec.Struct, frozen=True):
-    """Seconds."""
-
-    p50: float
-    p95: float
-    p99: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Percentiles":
-        cuts = statistics.quantiles(values, n=100, method="inclusive")
-        return cls(cuts[49], cuts[94], cuts[98])
+from scheduler.simulation.figures import Percentiles
 
 
 class ServeFigures(msgspec.Struct, frozen=True):

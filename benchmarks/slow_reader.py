@@ -13,13 +13,13 @@ import msgspec
 
 from benchmarks import cli
 from benchmarks.live import serving
-from benchmarks.serve import Percentiles
 from benchmarks.workload import WorkItem, Workload, config, mixed
 from protocol import topics
 from protocol.client import Client
 from protocol.request import Request, encode_request
 from protocol.transport import BrokerAddress, Transport
 from scheduler.config import Config
+from scheduler.simulation.figures import Percentiles
 
 _DEAF = "deaf"
 

@@ -1,12 +1,25 @@
 """What a simulated run came to. Times are simulated seconds, service is in units of the price (core/fairness.py)."""
 
+from collections.abc import Sequence
+
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+SHARES = (0.5, 0.95, 0.99)
 
 
 class Percentiles(msgspec.Struct, frozen=True):
+    """Of seconds."""
+
     p50: float
     p95: float
     p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float] | NDArray[np.float64]) -> "Percentiles":
+        """Of at least one; what lies between two of them is interpolated."""
+        return cls(*np.quantile(values, SHARES).tolist())
 
 
 class TenantFigures(msgspec.Struct, frozen=True):

@@ -7,10 +7,8 @@ from numpy.typing import NDArray
 
 from scheduler.core import sequence
 from scheduler.simulation.arrivals import Arrival
-from scheduler.simulation.figures import Percentiles
+from scheduler.simulation.figures import SHARES, Percentiles
 from scheduler.simulation.histogram import Histogram
-
-_SHARES = (0.5, 0.95, 0.99)
 
 Times = NDArray[np.float64]
 #: Which requests, by number.
@@ -96,7 +94,7 @@ class Measure:
 
     def itl_s(self, row: int | None = None) -> Percentiles | None:
         """``row``: the tenant's number."""
-        values = self._between.quantiles(_SHARES, row)
+        values = self._between.quantiles(SHARES, row)
         return Percentiles(*values) if values else None
 
     def _grow(self) -> None:
@@ -109,4 +107,4 @@ class Measure:
 
 
 def _percentiles(values: Times) -> Percentiles | None:
-    return Percentiles(*np.quantile(values, _SHARES).tolist()) if values.size else None
+    return Percentiles.of(values) if values.size else None
