@@ -42,6 +42,7 @@ def _info(config: WorkerConfig) -> WorkerInfo:
         kv_bytes_per_block=0,
         device="none",
         dtype="none",
+        kv_dtype="none",
         attention="none",
     )
 

@@ -241,6 +241,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag=True):
     kv_bytes_per_block: int
     device: str
     dtype: str
+    kv_dtype: str
     attention: str
     sampling: Sampling = Sampling(temperature=1.0)
     adapters: list[str] = []

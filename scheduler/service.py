@@ -255,7 +255,8 @@ def _watch(metrics: Metrics, service: Service) -> None:
     ):
         gauge.set_function(read)
     info = engine.info
-    metrics.cache_config.labels(info.block_size, info.num_blocks, service.config.engine.prefix_cache).set(1)
+    layout = (info.block_size, info.num_blocks, info.kv_dtype, service.config.engine.prefix_cache)
+    metrics.cache_config.labels(*layout).set(1)
     kv_tokens = info.num_blocks * info.block_size
     collector = FairnessCollector(batcher.queue, metrics.labels, longest_prompt=info.max_model_len, kv_tokens=kv_tokens)
     metrics.registry.register(collector)

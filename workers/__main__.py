@@ -148,7 +148,8 @@ def start(config: plan.WorkerConfig, ranks: Ranks) -> tuple[Runner, plan.WorkerI
         block_size=config.block_size,
         kv_bytes_per_block=per_block,
         device=str(device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_name(model.dtype),
+        kv_dtype=_name(model.kv_dtype),
         attention=kind.name,
         sampling=model.sampling,
         adapters=list(config.adapters),
@@ -266,6 +267,10 @@ def _resolve_device(device: str, ranks: Ranks) -> str:
     if torch.cuda.device_count() < ranks.count:
         raise ValueError(f"model.tensor_parallel = {ranks.count}, and there are {torch.cuda.device_count()} GPUs")
     return f"{device}:{ranks.index}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _resolve_dtype(dtype: str, device: torch.device) -> str:

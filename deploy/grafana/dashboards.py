@@ -133,7 +133,9 @@ DASHBOARDS: dict[str, list[Panel]] = {
         Panel(
             "Layout of the KV cache",
             "short",
-            {"{{num_blocks}} blocks of {{block_size}}, prefix cache {{prefix_cache}}": "tokenbus_cache_config_info"},
+            {
+                "{{num_blocks}} x {{block_size}} {{kv_dtype}}, prefix cache {{prefix_cache}}": "tokenbus_cache_config_info"
+            },
         ),
     ],
     "delivery": [

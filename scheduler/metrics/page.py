@@ -35,7 +35,7 @@ _VLLM = {
 def families() -> list[Metric]:
     """Every family that a service shows, sorted by name."""
     metrics = Metrics()
-    metrics.cache_config.labels(1, 1, True)
+    metrics.cache_config.labels(1, 1, "float32", True)
     metrics.registry.register(FairnessCollector(FairQueue(), metrics.labels, longest_prompt=1, kv_tokens=1))
     return sorted(metrics.registry.collect(), key=lambda family: family.name)
 

@@ -70,7 +70,7 @@ class Metrics:
         self.cache_config = Gauge(
             "tokenbus_cache_config_info",
             "How the KV cache is laid out; the value is always 1",
-            ["block_size", "num_blocks", "prefix_cache"],
+            ["block_size", "num_blocks", "kv_dtype", "prefix_cache"],
             registry=registry,
         )
         self.worker_up = Gauge("tokenbus_worker_up", "1 while the worker process serves", registry=registry)

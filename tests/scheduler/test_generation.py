@@ -38,6 +38,7 @@ INFO = WorkerInfo(
     kv_bytes_per_block=1,
     device="cpu",
     dtype="float32",
+    kv_dtype="float32",
     attention="reference",
 )
 NOWHEN = replies.Timings(0.0, 0.0, 0.0)

@@ -30,6 +30,7 @@ def test_a_worker_has_twice_the_blocks_in_as_much_memory(tmp_path, attention, we
     _, half = start(config(path, kv_dtype="float16", **settings), Ranks(1))
     assert (half.num_blocks, half.attention) == (2 * whole.num_blocks, attention)
     assert 2 * half.kv_bytes_per_block == whole.kv_bytes_per_block
+    assert (whole.kv_dtype, half.kv_dtype) == ("float32", "float16")
 
 
 def test_so_has_one_whose_draft_model_holds_them_so_too(tmp_path):
