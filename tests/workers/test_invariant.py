@@ -88,7 +88,7 @@ def test_every_served_model_can_be_made_exact(kind, attention):
     selftest.check(model, backend, 8, expected)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2"])
 def test_a_model_whose_layers_are_all_ours_is_exact_as_it_is(kind):
     """Those that docs/determinism.md names."""
     model = adopt(tiny(kind), Path())
