@@ -49,7 +49,7 @@ def decode_inputs(slots: Slots, rows: Tensor, query_start: Tensor) -> Inputs:
         max_query_len=1,
         max_context_len=slots.max_len,
     )
-    return Inputs(slots.tokens[index, positions].long(), index, positions, batch, query_start[:-1])
+    return Inputs(slots.tokens[index, positions].long(), index, positions, batch, None)
 
 
 @dataclass(frozen=True, slots=True)

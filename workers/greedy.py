@@ -1,22 +1,39 @@
 """The likeliest tokens."""
 
-import math
+import ctypes
+from ctypes import c_int64, c_void_p
+from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
-#: Logits of which only the maximum is looked for at first, and how few of them make that worth it.
-_PART, _LEAST = 256, 32
+from workers.kernels import FOLDER
+from workers.kernels.compiler import CompileError, load_library
+
+SOURCE = FOLDER / "greedy.cpp"
 
 
 def greedy(logits: Tensor) -> Tensor:
     """Of each row the likeliest token, the first of equals: logits ``[n, V]`` -> int64 ``[n]``.
 
-    What `argmax` gives; on the CPU it keeps track of places one by one, where maxima alone take several numbers at a time.
+    What `argmax` gives; on the CPU that keeps track of places one by one, where a maximum alone takes several numbers at a time.
     """
-    part = math.gcd(logits.shape[-1], _PART)
-    if logits.device.type != "cpu" or part < _LEAST:
+    find = _kernel() if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+    if find is None or logits.stride(1) != 1:
         return logits.argmax(dim=-1)
-    parts = logits.unflatten(-1, (-1, part))
-    best = parts.amax(dim=-1).argmax(dim=-1, keepdim=True)
-    within = parts.take_along_dim(best[..., None], dim=1)[:, 0].argmax(dim=-1, keepdim=True)
-    return (best * part + within)[:, 0]
+    rows, width = logits.shape
+    found = torch.empty(rows, dtype=torch.int64)
+    find(logits.data_ptr(), rows, logits.stride(0), width, found.data_ptr(), torch.get_num_threads())
+    return found
+
+
+@cache
+def _kernel() -> "ctypes._NamedFuncPointer | None":
+    """None where it can't be compiled."""
+    try:
+        function: Any = load_library(SOURCE).greedy
+    except CompileError:
+        return None
+    function.argtypes, function.restype = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64), None
+    return function

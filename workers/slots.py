@@ -28,17 +28,18 @@ class Drawn:
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What a step's forward pass takes: ``ids``, ``slots`` and ``positions`` of its tokens, int64 ``[T]``, and the batch that its
-    attention runs on. ``drawn``: after which of the tokens one is sampled, int64 ``[n]``."""
+    attention runs on. ``drawn``: after which of the tokens one is sampled, int64 ``[n]``, or None: after each of them."""
 
     ids: Tensor
     slots: Tensor
     positions: Tensor
     batch: RaggedBatch
-    drawn: Tensor
+    drawn: Tensor | None
 
     def select(self) -> Drawn:
         """Those after which one is sampled."""
-        ids, slots, positions = (tensor[self.drawn] for tensor in (self.ids, self.slots, self.positions))
+        tokens = (self.ids, self.slots, self.positions)
+        ids, slots, positions = tokens if self.drawn is None else (tensor[self.drawn] for tensor in tokens)
         return Drawn(ids, slots, positions, self.batch.max_context_len)
 
 
@@ -116,7 +117,7 @@ class Slots:
         return self.ragged(spans, np.concatenate([ends[rows] - 1, verified]))
 
     def ragged(self, spans: Spans, drawn: np.ndarray) -> Inputs:
-        """These tokens, one slot after the other; ``drawn`` int64 ``[n]``."""
+        """These tokens, one slot after the other; ``drawn`` int64 ``[n]``, in order and each but once."""
         ends = spans.starts + spans.lengths
         query_start = np.fromiter(accumulate(spans.lengths, initial=0), np.int32, len(spans.slots) + 1)
         owner = np.repeat(np.arange(len(spans.slots)), spans.lengths)
@@ -135,7 +136,7 @@ class Slots:
             max_query_len=int(spans.lengths.max()),
             max_context_len=longest,
         )
-        return Inputs(self.tokens[slots, at].long(), slots, at, batch, draws)
+        return Inputs(self.tokens[slots, at].long(), slots, at, batch, None if len(drawn) == len(positions) else draws)
 
     def rows(self, slots: list[int], drawn: Drawn) -> Rows:
         """What is to be drawn after these, in these ``slots``."""

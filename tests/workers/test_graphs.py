@@ -62,7 +62,8 @@ def test_what_follows_on_the_device_from_slots_and_positions_is_what_the_host_wo
     sent = slots.inputs(plan)
     rows = torch.tensor([[0, 2, 1, slots.spare], [19, 8, 3, 0]])
     followed = decode_inputs(slots, rows, torch.arange(5, dtype=torch.int32))
-    for name in ("ids", "slots", "positions", "drawn"):
+    assert followed.drawn is sent.drawn is None
+    for name in ("ids", "slots", "positions"):
         assert torch.equal(getattr(followed, name)[:3], getattr(sent, name))
     for name in ("context_len", "cache_slots"):
         assert torch.equal(getattr(followed.batch, name)[:3], getattr(sent.batch, name))
