@@ -55,26 +55,45 @@ struct Step {
 
 namespace {
 
-// Of keys and values, at most: more costs the product what attention gains.
-constexpr int64_t FETCHED_BYTES = 8 << 20;
+// Of keys and values, at most: more costs products what attention gains.
+constexpr int64_t FETCHED_BYTES = 12 << 20;
 
-// Of the blocks that attention reads for rows of one token, `most` at most, at even distances: so it doesn't first compute
-// without memory and then wait for it. Rows of more tokens keep it busy enough.
-std::vector<int32_t> read_soon(const Batch &batch, const Layer &cache, const Call &call, int64_t most) {
-    std::vector<int32_t> found;
-    for (int64_t row = 0; row < batch.rows; ++row) {
-        if (batch.query_start[row + 1] - batch.query_start[row] != 1) continue;
-        const int64_t length = batch.context_len[row];
-        const int64_t unseen = call.sliding_window ? std::max<int64_t>(0, length - call.sliding_window) : 0;
-        const int32_t *blocks = batch.block_table + row * batch.max_blocks;
-        found.insert(found.end(), blocks + unseen / cache.block_size, blocks + (length - 1) / cache.block_size + 1);
+// The product beside which a block is fetched, the layer's own first or the last of the one before: one of the two alone
+// would wait for memory.
+enum Beside { DOWN, QKV };
+
+// The blocks that a layer's attention reads for rows of one token, or as many as may be fetched, at even distances: so it doesn't
+// first compute without memory and then wait for it. Rows of more tokens keep it busy enough.
+class Soon {
+public:
+    Soon(const DecoderLayer &layer, const Step &step, Beside product) : cache(step.caches[layer.index]) {
+        const std::vector<int32_t> read = all(layer, *step.batch);
+        const int64_t count = read.size(), most = std::min(count, FETCHED_BYTES / cache.block_bytes);
+        for (int64_t i = 0; i < most; ++i) {
+            if ((i % 3 ? QKV : DOWN) == product) blocks.push_back(read[i * count / most]);
+        }
     }
-    const int64_t all = found.size();
-    if (all <= most) return found;
-    for (int64_t i = 0; i < most; ++i) found[i] = found[i * all / most];
-    found.resize(most);
-    return found;
-}
+
+    Upcoming upcoming() const {
+        return {static_cast<const char *>(cache.cache), blocks.data(), static_cast<int64_t>(blocks.size()), cache.block_bytes};
+    }
+
+private:
+    const Layer &cache;
+    std::vector<int32_t> blocks;
+
+    std::vector<int32_t> all(const DecoderLayer &layer, const Batch &batch) const {
+        std::vector<int32_t> found;
+        for (int64_t row = 0; row < batch.rows; ++row) {
+            if (batch.query_start[row + 1] - batch.query_start[row] != 1) continue;
+            const int64_t length = batch.context_len[row], window = layer.attention.sliding_window;
+            const int64_t unseen = window ? std::max<int64_t>(0, length - window) : 0;
+            const int32_t *of_row = batch.block_table + row * batch.max_blocks;
+            found.insert(found.end(), of_row + unseen / cache.block_size, of_row + (length - 1) / cache.block_size + 1);
+        }
+        return found;
+    }
+};
 
 // x, y: [tokens, width]; they may be the same.
 void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step, const float *x, float *y) {
@@ -85,20 +104,18 @@ void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step
         kernels.norm(from, tokens, width, by.weight, by.epsilon, residual, to, threads);
     };
     const auto multiply = [&](const Linear *by, const float *from, const float *residual, float *to,
-                              const Upcoming *upcoming = nullptr) {
-        kernels.multiply(by, from, tokens, residual, to, step.runs, upcoming, threads);
+                              const Upcoming &upcoming = {}) {
+        kernels.multiply(by, from, tokens, residual, to, step.runs, &upcoming, threads);
     };
-    const auto add = [&](const Linear *by, const float *from, const Norm &after, const float *residual, float *to) {
-        if (!after.weight) return multiply(by, from, residual, to);
-        multiply(by, from, nullptr, normed);
+    const auto add = [&](const Linear *by, const float *from, const Norm &after, const float *residual, float *to,
+                         const Upcoming &upcoming = {}) {
+        if (!after.weight) return multiply(by, from, residual, to, upcoming);
+        multiply(by, from, nullptr, normed, upcoming);
         norm(normed, after, residual, to);
     };
-    const std::vector<int32_t> blocks = read_soon(*step.batch, cache, layer.attention, FETCHED_BYTES / cache.block_bytes);
-    const Upcoming upcoming{static_cast<const char *>(cache.cache), blocks.data(), static_cast<int64_t>(blocks.size()),
-                            cache.block_bytes};
 
     norm(x, layer.before_attention, nullptr, normed);
-    multiply(layer.qkv, normed, nullptr, qkv, &upcoming);
+    multiply(layer.qkv, normed, nullptr, qkv, Soon(layer, step, QKV).upcoming());
     kernels.rotate(qkv, tokens, layer.qkv->out, &layer.queries, &layer.keys, layer.head_dim, step.cos, step.sin, threads);
     Call call = layer.attention;
     call.query = qkv;
@@ -113,7 +130,8 @@ void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step
     float *inner = qkv;
     norm(y, layer.before_mlp, nullptr, normed);
     multiply(layer.gate_up, normed, nullptr, inner);
-    add(layer.down, inner, layer.after_mlp, y, y);
+    if (!layer.next) return add(layer.down, inner, layer.after_mlp, y, y);
+    add(layer.down, inner, layer.after_mlp, y, y, Soon(*layer.next, step, DOWN).upcoming());
 }
 }
 

@@ -26,6 +26,8 @@ struct Upcoming {
     const char *base;
     const int32_t *blocks;
     int64_t count, bytes;
+
+    Upcoming part(int64_t first, int64_t size) const { return {base, blocks + first, size, bytes}; }
 };
 
 // x: [rows, in]; y, and `residual`, which is added to the product and may be y itself, or null: [rows, out]; all dense.
