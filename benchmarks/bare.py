@@ -20,7 +20,7 @@ _READ_PASSES = 16
 
 
 class Job(msgspec.Struct, frozen=True):
-    """``steps``: of each step how many rows went through the model, and how many of them through its head."""
+    """``steps``: of each step how many rows went through the model, and how many of them to its end."""
 
     worker: WorkerConfig
     steps: list[tuple[int, int]]
@@ -64,20 +64,26 @@ def measure(job: Job) -> Bare:
 
     from workers.linear import PackedLinear  # noqa: PLC0415
     from workers.model import load  # noqa: PLC0415
+    from workers.packed_layer import PackedLayer  # noqa: PLC0415
     from workers.packing import pack  # noqa: PLC0415
 
     if job.worker.threads is not None:
         torch.set_num_threads(job.worker.threads)
     module = load(job.worker.model, "float32", "cpu").module
     pack(module, job.worker.weights)
-    head = module.get_output_embeddings()
+    decoder = [layer for layer in module.modules() if isinstance(layer, PackedLayer)]
+    # All that comes after the last attention is computed for tokens that are sampled after, and no others.
+    narrow = {
+        module.get_output_embeddings(),
+        *(each for last in decoder[-1:] if last.ends for each in last.products[1:]),
+    }
     layers = [layer for layer in module.modules() if isinstance(layer, (PackedLinear, torch.nn.Linear))]
     longest = max(rows for rows, _ in job.steps)
     inputs = {width: torch.randn(longest, width) for width in {layer.in_features for layer in layers}}
 
     def step(rows: int, sampled: int) -> None:
         for layer in layers:
-            layer(inputs[layer.in_features][: sampled if layer is head else rows])
+            layer(inputs[layer.in_features][: sampled if layer in narrow else rows])
 
     with torch.inference_mode():
         step(*job.steps[0])

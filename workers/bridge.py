@@ -22,7 +22,7 @@ NAME = "tokenbus_paged"
 class Attend(Protocol):
     """Attention of one layer over a whole ragged step."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes, /) -> Tensor:
         """query ``[T, H, Dk]``, key ``[T, Hkv, Dk]``, value ``[T, Hkv, Dv]`` -> ``[T, H, Dv]``."""
         ...
 
@@ -32,10 +32,12 @@ _attend: ContextVar[Attend] = ContextVar("attend")
 
 @dataclass(slots=True)
 class PagedStep:
-    """Attention over the batch of one step, in any layer. ``ahead``: what was computed of layers whose turn is still to come."""
+    """Attention over the batch of one step, in any layer. ``wanted``: of which tokens anybody reads what the last layer gives,
+    int64 ``[n]``, ascending; None: of all. ``ahead``: what was computed of layers whose turn is still to come."""
 
     backend: AttentionBackend
     batch: RaggedBatch
+    wanted: Tensor | None = None
     ahead: Tensor | None = None
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes) -> Tensor:

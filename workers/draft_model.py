@@ -49,4 +49,4 @@ class DraftModel(Drafter):
     def follow(self, inputs: Inputs) -> None:
         """Compute the same, the last draft included, of which `draft` left no KV."""
         nothing = torch.empty(0, dtype=torch.int64, device=inputs.ids.device)
-        forward(self._module, self._backend, inputs, nothing)
+        forward(self._module, self._backend, inputs, nothing, whole=False)

@@ -13,9 +13,12 @@ def forward(
     backend: AttentionBackend,
     inputs: Inputs,
     keep: Tensor | None = None,
+    *,
+    whole: bool = True,
 ) -> Tensor:
-    """Logits ``[len(keep), V]`` of the batch's tokens at ``keep``, or of all of them."""
-    with attending(PagedStep(backend, inputs.batch)):
+    """Logits ``[len(keep), V]`` of the batch's tokens at ``keep``, int64 ``[n]``, ascending, or of all of them. Unless ``whole``,
+    what a `HiddenStates` hears of the others may be anything."""
+    with attending(PagedStep(backend, inputs.batch, None if whole else keep)):
         output = module(
             input_ids=inputs.ids[None],
             position_ids=inputs.positions[None],

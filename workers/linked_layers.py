@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from workers.bridge import attending
 from workers.packed_attention import observed
 from workers.packed_layer import PackedLayer, step_at_once
 
@@ -42,8 +43,9 @@ def link_layers(module: PreTrainedModel) -> None:
     for (before, _, turned, output), (after, x, turned_too, _) in pairwise(calls):
         if x is output and turned is turned_too is not None:
             before.link(after)
-    if list(layers[0].linked()) == layers:
+    if layers[0].linked == tuple(layers):
         _gather(module, layers)
+    layers[-1].ends = _ends(module, layers[-1])
 
 
 def _gather(module: nn.Module, layers: list[PackedLayer]) -> None:
@@ -51,3 +53,25 @@ def _gather(module: nn.Module, layers: list[PackedLayer]) -> None:
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList) and list(child) == layers:
                 setattr(parent, name, LinkedLayers(layers))
+
+
+def _ends(module: PreTrainedModel, layer: PackedLayer) -> bool:
+    """Whether the second of two tokens has the same logits whatever the layer gives for the first."""
+
+    def attend(_: int, query: Tensor, __: Tensor, value: Tensor, ___: object) -> Tensor:
+        return value.cumsum(dim=0).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+    def logits() -> Tensor:
+        out: Tensor = module(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits[0, 1]
+        return out
+
+    def disturb(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        noise = torch.randn(output[:, :1].shape, generator=torch.Generator().manual_seed(0))
+        return torch.cat([noise, output[:, 1:]], dim=1)
+
+    with attending(attend):
+        expected = logits()
+        hook = layer.register_forward_hook(disturb)
+        found = logits()
+    hook.remove()
+    return torch.equal(found, expected)

@@ -7,16 +7,14 @@ layer: a product leaves the caches full of weights, so the interpreter starts fr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from ctypes import c_float, c_int64, c_void_p
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from workers import trial
-from workers.attention.base import RaggedBatch
 from workers.attention.cpu import Call, CpuAttention
 from workers.bridge import PagedStep, attributes_of, under_way
 from workers.kernels import FOLDER
@@ -69,6 +67,8 @@ class _DecoderLayer(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         ("tokens", c_int64),
+        ("wanted", c_void_p),
+        ("wanted_count", c_int64),
         *((name, c_void_p) for name in ("cos", "sin", "runs", "caches", "batch", "scratch")),
         ("threads", c_int64),
     )
@@ -98,13 +98,20 @@ class PackedLayer(nn.Module):
         )
         self._address, self._kernels = ctypes.addressof(self._layer), kernels
         # One or none, in a list, since it is no part of this one.
-        self.following: list[PackedLayer] = []
+        self._following: list[PackedLayer] = []
         self._follows = False
+        #: Whether what it gives for a token is read for no other one.
+        self.ends = False
 
     def link(self, following: PackedLayer) -> None:
         """From now on compute that one along with this one, which gives it its input, and nothing is done between them."""
-        self.following, following._follows = [following], True
+        self._following, following._follows = [following], True
         self._layer.next = following._address
+
+    @cached_property
+    def linked(self) -> tuple[PackedLayer, ...]:
+        """This layer and those that are computed along with it; asked for once all are linked."""
+        return (self, *(each for following in self._following for each in following.linked))
 
     def forward(
         self,
@@ -118,7 +125,7 @@ class PackedLayer(nn.Module):
         if past_key_values is None and at_once is not None:
             step, backend = at_once
             if not (self._follows and hidden_states is step.ahead):
-                step.ahead = self._from_here(hidden_states, position_embeddings, backend, step.batch)
+                step.ahead = self._from_here(hidden_states, position_embeddings, step, backend)
             return step.ahead
         before_attention, after_attention, before_mlp, after_mlp = self.norms()
         attended, _ = self.self_attn(
@@ -135,22 +142,28 @@ class PackedLayer(nn.Module):
         return tuple(name and getattr(self, name) for name in self._norms)
 
     def _from_here(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], backend: CpuAttention, batch: RaggedBatch
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], paged: PagedStep, backend: CpuAttention
     ) -> Tensor:
-        """What the last of the linked layers gives. Raises ValueError for what doesn't fit the layer or the batch."""
-        tokens, dim = len(batch.cache_slots), self.self_attn.head_dim
+        """What the last of the linked layers gives, for those tokens at least of which it is wanted. Raises ValueError for what
+        doesn't fit the layer or the batch."""
+        tokens, dim = len(paged.batch.cache_slots), self.self_attn.head_dim
         x, cos, sin = (each.contiguous() for each in (x, *position_embeddings))
         if x.shape != (1, tokens, self.products[0].in_features) or not cos.shape == sin.shape == (1, tokens, dim):
             raise ValueError(f"{list(x.shape)}, turned by {list(cos.shape)}, isn't a step of {tokens} tokens")
         if {x.dtype, cos.dtype, sin.dtype} != {torch.float32}:
             raise ValueError(f"expected float32, got {x.dtype}, turned by {cos.dtype}")
         scratch, y = torch.empty(tokens * self._kernels.scratch_width(self._address)), torch.empty_like(x)
+        runs = self._runs(tokens)
+        wanted = None
+        if paged.wanted is not None and self.linked[-1].ends and runs is None:
+            wanted = paged.wanted.contiguous()
         step = _Step(
             tokens,
+            *((None, tokens) if wanted is None else (wanted.data_ptr(), len(wanted))),
             cos.data_ptr(),
             sin.data_ptr(),
-            self._runs(tokens),
-            *backend.addresses(batch),
+            runs,
+            *backend.addresses(paged.batch),
             scratch.data_ptr(),
             torch.get_num_threads(),
         )
@@ -160,16 +173,9 @@ class PackedLayer(nn.Module):
         )
         return y
 
-    def linked(self) -> Iterator[PackedLayer]:
-        """This layer and those that are computed along with it."""
-        layers = [self]
-        while layers:
-            yield from layers
-            layers = layers[0].following
-
     def _runs(self, tokens: int) -> int | None:
         """Of the step, if a product of a linked layer has adapters: they are all told of the same rows."""
-        products = (product for layer in self.linked() for product in layer.products)
+        products = (product for layer in self.linked for product in layer.products)
         return next(filter(None, (product.runs(tokens) for product in products)), None)
 
     def _asked(self) -> Call:

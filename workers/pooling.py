@@ -18,6 +18,10 @@ class Poolings:
         if admission.sampling.pooling is not None:
             self._asked[admission.slot] = admission.sampling.pooling, admission.prompt_len
 
+    def asked(self, plan: StepPlan) -> bool:
+        """Whether any of the plan's rows is of a slot that asks."""
+        return any(row.slot in self._asked for row in plan.rows) if self._asked else False
+
     def pool(self, plan: StepPlan, hidden: Tensor) -> dict[int, bytes]:
         """What a `StepResult` tells of the plan's rows: hidden states ``[T, H]`` of all its tokens.
 

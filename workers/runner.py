@@ -134,7 +134,8 @@ class Runner:
         inputs = self._slots.inputs(plan, drafted)
         if self._drafter is not None:
             self._drafter.follow(inputs)
-        return forward(self._module, self._backend, inputs, inputs.drawn), inputs.select()
+        whole = self._poolings.asked(plan) or bool(self._scores.stretches(plan))
+        return forward(self._module, self._backend, inputs, inputs.drawn, whole=whole), inputs.select()
 
     def _sample(
         self,

@@ -157,6 +157,52 @@ def test_layers_with_other_rotary_embeddings_are_calls_of_their_own(tmp_path, mo
     assert called == [ours[0], ours[2], ours[4]] * len(CHUNKS)
 
 
+#: All sampled after; none; some, with the first and the last, and without.
+WANTED = [slice(None), slice(0), slice(0, None, 29), slice(1, -1, 2)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text"])
+def test_what_nobody_reads_of_the_last_layer_is_left_out(kind, depth, weights, tmp_path):
+    """And what is read is the same bits; as are keys and values, on which the later steps stand."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "full_attention"][:depth]}
+    model = packed(tiny(kind, num_hidden_layers=depth, **({} if kind == "llama" else kinds)), tmp_path, weights)
+    whole, run = Sequences(model), Sequences(model)
+    for part, *both in zip(WANTED, whole.steps(), run.steps(), strict=True):
+        tokens = len(both[0].ids)
+        wanted = torch.arange(tokens)[part]
+        expected = forward(model.module, whole.backend, both[0], wanted)
+        all_states = model.hidden.newest().clone()
+        assert torch.equal(forward(model.module, run.backend, both[1], wanted, whole=False), expected)
+        states = model.hidden.newest()
+        assert torch.equal(states[wanted], all_states[wanted])
+        others = torch.ones(tokens, dtype=torch.bool).index_fill(0, wanted, value=False)
+        if depth > 1:  # else it is the first layer, too, and what isn't written may be what was
+            assert not (states[others] == all_states[others]).all(dim=-1).any()
+
+
+class Mixing(nn.Module):
+    """A layer of which each token gets something of those before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = None
+
+    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+        return hidden_states.cumsum(dim=1)
+
+
+def test_a_layer_before_one_that_mixes_tokens_is_computed_whole(tmp_path):
+    last, mixed = packed(tiny("llama", num_hidden_layers=3), tmp_path), adopt(tiny("llama"), tmp_path)
+    assert [layer.ends for layer in layers(last)] == [False, False, True]
+    mixed.module.model.layers.append(Mixing())
+    mixed.module.config.num_hidden_layers = 3
+    pack(mixed.module, "float32")
+    assert [layer.ends for layer in layers(mixed)] == [False, False]
+
+
 class Between(nn.Module):
     """Something done between two layers."""
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "linear.h"
@@ -42,8 +43,11 @@ struct DecoderLayer {
 };
 
 // cos, sin: [tokens, head_dim]. `caches`: by the layers' index. `scratch`: of `scratch_width` floats for each token.
+// `wanted`: ascending; nobody reads what the last layer gives for other tokens. Where there are none, `runs` is null.
 struct Step {
     int64_t tokens;
+    const int64_t *wanted;
+    int64_t wanted_count;
     const float *cos, *sin;
     const Runs *runs;
     const Layer *caches;
@@ -95,17 +99,26 @@ private:
     }
 };
 
+// Rows of x, by their numbers in ascending order, one after the other in y, which may be x; and back.
+void gather(const float *x, const int64_t *rows, int64_t count, int64_t width, float *y) {
+    for (int64_t i = 0; i < count; ++i) std::memmove(y + i * width, x + rows[i] * width, width * sizeof(float));
+}
+void scatter(const int64_t *rows, int64_t count, int64_t width, float *y) {
+    for (int64_t i = count - 1; i >= 0; --i) std::memmove(y + rows[i] * width, y + i * width, width * sizeof(float));
+}
+
 // x, y: [tokens, width]; they may be the same.
 void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step, const float *x, float *y) {
     const int64_t tokens = step.tokens, width = layer.qkv->in, threads = step.threads;
+    int64_t rows = tokens;
     const Layer &cache = step.caches[layer.index];
     float *normed = step.scratch, *qkv = normed + tokens * width, *attended = qkv + tokens * layer.qkv->out;
     const auto norm = [&](const float *from, const Norm &by, const float *residual, float *to) {
-        kernels.norm(from, tokens, width, by.weight, by.epsilon, residual, to, threads);
+        kernels.norm(from, rows, width, by.weight, by.epsilon, residual, to, threads);
     };
     const auto multiply = [&](const Linear *by, const float *from, const float *residual, float *to,
                               const Upcoming &upcoming = {}) {
-        kernels.multiply(by, from, tokens, residual, to, step.runs, &upcoming, threads);
+        kernels.multiply(by, from, rows, residual, to, step.runs, &upcoming, threads);
     };
     const auto add = [&](const Linear *by, const float *from, const Norm &after, const float *residual, float *to,
                          const Upcoming &upcoming = {}) {
@@ -124,14 +137,25 @@ void compute(const DecoderLayer &layer, const Kernels &kernels, const Step &step
     call.output = attended;
     call.threads = threads;
     kernels.attend(&cache, step.batch, &call);
+    const bool fewer = !layer.next && step.wanted_count < tokens;
+    if (fewer) {
+        rows = step.wanted_count;
+        gather(attended, step.wanted, rows, layer.output->in, attended);
+        gather(x, step.wanted, rows, width, y);
+        x = y;
+    }
     add(layer.output, attended, layer.after_attention, x, y);
 
     // Queries, keys and values are done with.
     float *inner = qkv;
     norm(y, layer.before_mlp, nullptr, normed);
     multiply(layer.gate_up, normed, nullptr, inner);
-    if (!layer.next) return add(layer.down, inner, layer.after_mlp, y, y);
-    add(layer.down, inner, layer.after_mlp, y, y, Soon(*layer.next, step, DOWN).upcoming());
+    if (layer.next) {
+        add(layer.down, inner, layer.after_mlp, y, y, Soon(*layer.next, step, DOWN).upcoming());
+    } else {
+        add(layer.down, inner, layer.after_mlp, y, y);
+    }
+    if (fewer) scatter(step.wanted, rows, width, y);
 }
 }
 
@@ -147,7 +171,7 @@ int64_t scratch_width(const DecoderLayer *layer) {
     return most;
 }
 
-// This layer and all those after it. x, y: [tokens, width], dense.
+// This layer and all those after it. x, y: [tokens, width], dense; rows of y that aren't wanted hold anything.
 void decoder_layers(const DecoderLayer *layer, const Kernels *kernels, const Step *step, const float *x, float *y) {
     for (; layer; layer = layer->next, x = y) compute(*layer, *kernels, *step, x, y);
 }
