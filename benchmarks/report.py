@@ -7,7 +7,7 @@
 ``structured.json``, ``replicas.json``, ``speculation.json``, ``tracing.json`` and ``adapters.json`` are the benchmarks of those
 names, the fairness one with ``--plot docs/fairness.png``. ``scale.json`` is ``bench scale --trace FILE``, ``suites.json``
 ``tokenbus simulate --suite all --plot docs/suites.png``, both simulated. ``peers.json`` is ``bench peers --workload FILE
---plot docs/peers.png``, ``gpu.json`` is ``bench gpu`` where there is one.
+--plot docs/peers.png``, ``peers-amx.json`` the same on a CPU that has AMX, ``gpu.json`` is ``bench gpu`` where there is one.
 """
 
 import re
@@ -75,18 +75,20 @@ def ladder_table(ladder: Ladder) -> str:
 
 
 def peers_text(figures: PeersFigures) -> str:
+    picture = "![output tokens per second, engine by engine](docs/peers.png)"
+    return f"{picture}\n\n{peers_table(figures)} `tokenbus bench peers` repeats it; [how each is run](docs/peers.md)."
+
+
+def peers_table(figures: PeersFigures) -> str:
     whole = max(figures.peers, key=lambda peer: peer.output_tokens)
     rows = [f"| {' | '.join(_peer_cells(peer))} |" for peer in figures.peers]
     lines = [
-        "![output tokens per second, engine by engine](docs/peers.png)",
-        "",
         "| engine | version | output tokens/s | slowest to fastest round | ours over it | requests with our greedy tokens |",
         "|---|---|---|---|---|---|",
     ]
     summary = (
         f"{whole.requests} requests at once, {whole.prompt_tokens:,} prompt and {whole.output_tokens:,} output tokens, greedy; "
-        f"{figures.cpu}, {figures.threads} threads each, medians of {figures.rounds} alternating rounds. `tokenbus bench peers` "
-        "repeats it; [how each is run](docs/peers.md)."
+        f"{figures.cpu}, {figures.threads} threads each, medians of {figures.rounds} alternating rounds."
     )
     return "\n".join([*lines, *rows, "", summary])
 
@@ -306,6 +308,9 @@ PAGES: dict[str, dict[str, Text]] = {
     },
     "docs/scheduling.md": {
         "suites": lambda: suites_table(_read("suites.json", list[SuiteFigures])),
+    },
+    "docs/peers.md": {
+        "amx": lambda: _when_measured("peers-amx.json", PeersFigures, peers_table),
     },
     "docs/adapters.md": {
         "adapters": lambda: _when_measured("adapters.json", AdapterFigures, engine_text.adapters_line),

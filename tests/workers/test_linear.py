@@ -57,7 +57,13 @@ def rounded_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 @settings(max_examples=200, deadline=None)
-@given(rows=st.integers(1, 70), inputs=st.integers(1, 300), outputs=SIZES, bias=st.booleans(), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 70),
+    inputs=st.integers(1, 300) | st.integers(1, 9).map(lambda groups: groups * GROUP),
+    outputs=SIZES,
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_int8_is_a_product_of_whole_numbers_by_groups(rows, inputs, outputs, bias, seed):
     module, up = (layer(inputs, outputs, bias=bias, seed=seed + shift) for shift in (0, 1))
     x = torch.randn(rows, inputs) * torch.rand(rows, 1).exp2()
@@ -114,14 +120,34 @@ def kernel_of(monkeypatch):
     kernel.cache_clear()
 
 
-@pytest.mark.parametrize(("machine", "needs", "tolerance"), [("haswell", "avx2", 0), ("x86-64", "sse2", 1e-6)])
+@pytest.mark.parametrize(
+    ("machine", "needs", "tolerance"),
+    [
+        ("icelake-server", "avx512_vnni", 0),
+        # Without them in the CPU the system refuses these registers.
+        ("icelake-server -mamx-tile -mamx-int8", "avx512_vnni", 0),
+        ("haswell", "avx2", 0),
+        ("x86-64", "sse2", 1e-6),
+    ],
+)
 def test_int8_does_not_depend_on_the_cpu(kernel_of, machine, needs, tolerance):
-    """But for multiply-adds that are rounded twice where there are no fused ones."""
-    gate, up, x = *(layer(603, 333, bias=True, seed=seed) for seed in (1, 2)), torch.randn(41, 603)
-    expected = [PackedLinear(gate, torch.int8)(x), PackedLinear(gate, torch.int8, up=up)(x)]
+    """But for multiply-adds that are rounded twice where there are no fused ones. With and without a group that isn't whole."""
+
+    def products() -> list[torch.Tensor]:
+        return [
+            PackedLinear(gate, torch.int8, up=up)(x[:rows])
+            for gate, other, x in cases
+            for up in (None, other)
+            for rows in (1, 16, 17, 41)
+        ]
+
+    cases = [
+        (*(layer(inputs, 333, bias=True, seed=seed) for seed in (1, 2)), torch.randn(41, inputs))
+        for inputs in (603, 6 * GROUP)
+    ]
+    expected = products()
     kernel_of(machine, needs)
-    found = [PackedLinear(gate, torch.int8)(x), PackedLinear(gate, torch.int8, up=up)(x)]
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(products(), expected, strict=True):
         assert relative(ours, theirs) <= tolerance
 
 

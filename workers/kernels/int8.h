@@ -24,6 +24,7 @@ constexpr int QUAD = 4;             // k of a column that share a word, from its
 constexpr int QUADS = GROUP / QUAD;
 constexpr int ZERO = 128;           // is added to weights, so that they are unsigned
 constexpr int64_t FEW = 1 << 12;    // inputs that aren't worth waking other threads for
+constexpr int SPARE_ROWS = 15;      // after the last one, which those who take several rows at once may read
 constexpr float MOST = 127;         // what the largest input of a group becomes
 constexpr float LEAST = 1e-30f;     // or what it counts as: the inverse of a scale must be finite
 
@@ -88,16 +89,14 @@ void add_products(const Rounded *x, int64_t stride, const U (&weights)[2], I (&s
 
 #endif
 
-// x: [rows][quads of k], `scale` and `start`: [rows][groups].
+// x: [rows][quads of k], `scale` and `start`: [groups][rows].
 struct RoundedRows {
     const Rounded *x;
     const float *scale;
     const int32_t *start;  // what sums begin with, because of ZERO
-    int64_t pieces, groups;
+    int64_t pieces, groups, rows;
 
-    RoundedRows from(int64_t row) const {
-        return {x + row * pieces * QUAD, scale + row * groups, start + row * groups, pieces, groups};
-    }
+    RoundedRows from(int64_t row) const { return {x + row * pieces * QUAD, scale + row, start + row, pieces, groups, rows}; }
 };
 
 // Inputs of one group, which may be the last of a row and smaller: whole quads at `to` are zeros.
@@ -131,7 +130,7 @@ inline RoundedRows round_rows(const float *x, int64_t rows, int64_t in, int64_t 
     static thread_local std::vector<float> scales;
     static thread_local std::vector<int32_t> starts;
     if (rows * in <= FEW) threads = 1;
-    rounded.resize(rows * quads * QUAD);
+    rounded.resize((rows + SPARE_ROWS) * quads * QUAD);
     scales.resize(rows * groups);
     starts.resize(rows * groups);
     // By their names each thread would find its own.
@@ -144,10 +143,10 @@ inline RoundedRows round_rows(const float *x, int64_t rows, int64_t in, int64_t 
         std::fill_n(row + (quads - 1) * QUAD, QUAD, Rounded{});
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t k = g * GROUP, size = std::min<int64_t>(GROUP, in - k);
-            round_group(x + r * in + k, size, row + k, scale[r * groups + g], start[r * groups + g]);
+            round_group(x + r * in + k, size, row + k, scale[g * rows + r], start[g * rows + r]);
         }
     }
-    return {to, scale, start, quads, groups};
+    return {to, scale, start, quads, groups, rows};
 }
 
 }  // namespace

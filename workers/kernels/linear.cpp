@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "int8.h"
+#include "int8_tiles.h"
 #include "linear.h"
 #include "lora.h"
 #include "norm.h"
@@ -24,10 +25,11 @@ constexpr int64_t LINE = 64;  // bytes that are fetched together
 
 typedef U Words __attribute__((aligned(4), may_alias));
 
-// A format has BYTES for each piece of a panel, and TILE_ROWS at most in a tile. That of a wide one is all columns of one k,
-// which it unpacks into two vectors.
+// A format has BYTES for each piece of a panel, TILE_ROWS at most in a tile, and a Session of each thread while it multiplies.
+// The piece of a wide one is all columns of one k, which it unpacks into two vectors.
 struct Float32 {
     static constexpr int BYTES = COLUMNS * 4, TILE_ROWS = WIDE_ROWS;
+    struct Session {};
     static void unpack(const char *p, F (&b)[2]) {
         for (int i = 0; i < 2; ++i) b[i] = load(reinterpret_cast<const float *>(p) + i * W);
     }
@@ -36,6 +38,7 @@ struct Float32 {
 // Word j holds column j in its low half and j + W in its high half; a bfloat16 is the high half of a float.
 struct Bfloat16 {
     static constexpr int BYTES = COLUMNS * 2, TILE_ROWS = WIDE_ROWS;
+    struct Session {};
     static void unpack(const char *p, F (&b)[2]) {
         const U word = *reinterpret_cast<const Words *>(p);
         b[0] = (F)(word << 16);
@@ -46,6 +49,7 @@ struct Bfloat16 {
 // A quad of k: a word for each of the first W columns, then for each of the others. Sums are held twice, of a group and of all.
 struct Int8 {
     static constexpr int BYTES = COLUMNS * QUAD, TILE_ROWS = 4;
+    struct Session {};
 };
 
 struct Rows {
@@ -61,6 +65,13 @@ struct Output {
     int64_t width;
 
     Output from(int64_t row) const { return {y + row * width, residual ? residual + row * width : nullptr, width}; }
+
+    // What `write` of so many rows would wait for, one row after the other.
+    void fetch(int64_t rows, int64_t column, int64_t count) const {
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t i = 0; i < count; i += W) __builtin_prefetch(y + r * width + column + i, 1);
+        }
+    }
 
     // The first `count` numbers of two vectors.
     void write(int64_t row, int64_t column, int64_t count, const F (&sums)[2]) const {
@@ -141,7 +152,7 @@ void multiply_panel(const RoundedRows &x, const char *panel, Ahead ahead, F (&su
     for (int64_t g = 0, quad = 0; g < x.groups; ++g) {
         I whole[R][2];
         for (int r = 0; r < R; ++r) {
-            for (int i = 0; i < 2; ++i) whole[r][i] = I{} + x.start[r * x.groups + g];
+            for (int i = 0; i < 2; ++i) whole[r][i] = I{} + x.start[g * x.rows + r];
         }
         for (const int64_t end = std::min(x.pieces, quad + QUADS); quad < end; ++quad, panel += Format::BYTES) {
             U weights[2];
@@ -150,7 +161,7 @@ void multiply_panel(const RoundedRows &x, const char *panel, Ahead ahead, F (&su
             add_products(x.x + quad * QUAD, x.pieces * QUAD, weights, whole);
         }
         for (int r = 0; r < R; ++r) {
-            const float scale = x.scale[r * x.groups + g];
+            const float scale = x.scale[g * x.rows + r];
             for (int i = 0; i < 2; ++i) sum[r][i] += scale * __builtin_convertvector(whole[r][i], F);
         }
     }
@@ -166,10 +177,11 @@ F through(F x, Gate gate) {
 // R rows of x times panel p, which lies at `panel`, and what is `added` [R][COLUMNS], if anything is, into y.
 template <class Format, int R, class X, class Ahead>
 void tile(const Linear &linear, const X &x, const char *panel, int64_t p, const float *added, const Output &y, Ahead ahead) {
-    F sum[R][2] = {};
-    multiply_panel<Format>(x, panel, ahead, sum);
     const int64_t width = linear.gate ? W : COLUMNS, column = p * width;
     const int64_t room = std::min(width, linear.out - column);
+    y.fetch(R, column, room);
+    F sum[R][2] = {};
+    multiply_panel<Format>(x, panel, ahead, sum);
     for (int r = 0; r < R; ++r) {
         for (int i = 0; i < 2; ++i) {
             const int64_t at = p * COLUMNS + i * W;
@@ -222,6 +234,7 @@ void multiply(const Linear &linear, const X &x, int64_t rows, const LowRank *ada
     const int64_t bytes = x.pieces * Format::BYTES;
 #pragma omp parallel num_threads(threads)
     {
+        [[maybe_unused]] const typename Format::Session session;
         const char *next = nullptr;
         float added[CHUNK_ROWS * COLUMNS];
 #pragma omp for schedule(static) collapse(2)
@@ -237,6 +250,17 @@ void multiply(const Linear &linear, const X &x, int64_t rows, const LowRank *ada
             }
         }
     }
+}
+
+void multiply_rounded(const Linear &linear, const RoundedRows &x, int64_t rows, const LowRank *adapted, const Output &y,
+                      const Upcoming &upcoming, int64_t threads) {
+#ifdef AMX
+    // What a single tile does is wait for memory.
+    if (rows > TiledInt8::TILE_ROWS && linear.in % GROUP == 0 && has_tiles()) {
+        return multiply<TiledInt8>(linear, TiledRows{x}, rows, adapted, y, upcoming, threads);
+    }
+#endif
+    multiply<Int8>(linear, x, rows, adapted, y, upcoming, threads);
 }
 }
 
@@ -262,6 +286,6 @@ extern "C" void linear(const Linear *linear, const float *x, int64_t rows, const
     switch (linear->format) {
         case 0: return multiply<Float32>(*linear, plain, rows, adapted, to, soon, threads);
         case 1: return multiply<Bfloat16>(*linear, plain, rows, adapted, to, soon, threads);
-        case 2: return multiply<Int8>(*linear, round_rows(x, rows, linear->in, threads), rows, adapted, to, soon, threads);
+        case 2: return multiply_rounded(*linear, round_rows(x, rows, linear->in, threads), rows, adapted, to, soon, threads);
     }
 }
